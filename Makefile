@@ -1,0 +1,74 @@
+# Every target runs in .venv: `setup` makes it from constraints.txt and brings it up to date when constraints.txt,
+# pyproject.toml or setup.cfg have changed. Nothing is installed outside it.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+TESSERA_SHARED ?= ../shared
+
+override VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.ready
+PYTEST := $(PY) -m pytest -q $(PYTEST_ARGS)
+
+NO_VENV := echo "make setup: $(PYTHON) cannot make a virtual environment with pip in it; install its venv module" \
+    "(on Debian or Ubuntu: apt install python3-venv) and run this again" >&2; exit 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-shared test-slow test-gpu test-distributed lint wheel clean
+
+help: ## list the targets
+	@awk -F ': .*## ' '/^[a-z-]+:.* ## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with the tested versions and this checkout installed in it (editable)
+
+# Debian's python3 has no ensurepip without python3-venv: there, a pip from elsewhere fills the environment in its place.
+$(STAMP): constraints.txt pyproject.toml setup.cfg
+	@if ! $(PY) -c '' 2>/dev/null; then \
+	    echo "[setup] making $(VENV) with $$($(PYTHON) --version)"; \
+	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	        echo "make setup: the versions in constraints.txt need Python 3.11 or newer;" \
+	             "name one with 'make setup PYTHON=/path/to/python3'" >&2; exit 1; }; \
+	    rm -rf $(VENV); \
+	    $(PYTHON) -m venv --without-pip $(VENV) || { $(NO_VENV); }; \
+	fi
+	@if ! $(PY) -m pip --version >/dev/null 2>&1; then \
+	    $(PY) -m ensurepip --default-pip >/dev/null 2>&1 || $(PYTHON) -m pip --python $(PY) install -q pip || { $(NO_VENV); }; \
+	fi
+	@echo "[setup] installing the versions in constraints.txt (the first time takes minutes, most of it torch)"
+	@$(PY) -m pip install -q -c constraints.txt setuptools
+	@$(PY) -m pip install -q -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+	@echo "[setup] done: $(VENV)/bin/tessera, or $(PY) -m tessera"
+
+demo: setup ## from raw text to a model that answers, in minutes on a CPU (TESSERA_DATA: a text of your own)
+	$(PY) -m tessera demo
+
+test: setup ## the tests that need nothing but a CPU (PYTEST_ARGS: further options)
+	$(PYTEST) -m "not slow and not gpu and not distributed and not shared"
+
+test-shared: setup ## compare with the golden vectors and data in TESSERA_SHARED (../shared)
+	@[ -d "$(TESSERA_SHARED)" ] || { \
+	    echo "make test-shared: no folder '$(TESSERA_SHARED)'; name the one with the golden vectors with" \
+	         "'make test-shared TESSERA_SHARED=/path/to/shared'" >&2; exit 1; }
+	TESSERA_SHARED="$(TESSERA_SHARED)" $(PYTEST) -m "shared and not gpu and not distributed"
+
+test-slow: setup ## the tests of a minute and more
+	$(PYTEST) -m "slow and not gpu and not distributed and not shared"
+
+test-gpu: setup ## the tests that need a CUDA GPU
+	$(PYTEST) -m gpu
+
+test-distributed: setup ## the tests that start several processes
+	$(PYTEST) -m "distributed and not gpu"
+
+lint: setup ## ruff: rules and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+wheel: setup ## build the source distribution and the wheel into dist/
+	$(PY) -m uv build --python $(PY) --no-build-isolation --out-dir dist .
+	@ls -l dist
+
+clean: ## remove builds and caches (.venv and runs/ stay)
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

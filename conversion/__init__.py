@@ -1,0 +1,1 @@
+"""Moving weights between formats, streamed tensor by tensor and verified at every step."""

@@ -1,0 +1,1 @@
+"""Pretraining and post-training: trainers, optimizers, schedules, checkpoints, the planner."""
