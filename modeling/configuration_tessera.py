@@ -1,0 +1,584 @@
+"""Configuration of Tessera: every tile that a model can be laid from, and which tiles fit together.
+
+One `TesseraConfig` expresses all dialects (bytegpt, llama, nanochat, verse, gpt) and their mixtures. A
+dialect is a preset, a JSON file in `tessera.configs`, and nothing in the code asks for its name. Field names
+follow Hugging Face where it has one. What belongs here: a field, its default, how unset fields are derived,
+and the sentence that refuses a combination that cannot work.
+"""
+
+import copy
+import difflib
+import json
+import re
+from dataclasses import field, fields
+from importlib import resources
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationConfig, PreTrainedConfig
+
+# One letter a layer, tiled over the depth: `layer_types="SSSL"`, `mlp_layer_types="DS"`.
+ATTENTION_LETTERS = {"S": "sliding_attention", "L": "full_attention"}
+FEED_FORWARD_LETTERS = {"D": "dense", "S": "sparse"}
+
+# Keyword arguments that transformers itself passes to a configuration, beside the fields.
+_LIBRARY_KWARGS = {
+    "attn_implementation",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "partial_rotary_factor",
+    "per_layer_config",
+    "quantization_config",
+    "rope_scaling",
+    "rope_theta",
+    "tie_last_hidden_states",
+    "torch_dtype",
+    "torchscript",
+    "use_bfloat16",
+}
+
+# rope_type -> keys that it needs and keys that it may have, beside those in _ROPE_KEYS.
+_ROPE_TYPES = {
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "yarn": (
+        {"factor", "original_max_position_embeddings"},
+        {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    ),
+    "llama3": (
+        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+        set(),
+    ),
+}
+_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+
+
+@strict
+class TesseraConfig(PreTrainedConfig):
+    r"""Architecture of a Tessera decoder.
+
+    Args:
+        vocab_size (`int`): token ids, and the width of the logits.
+        padded_vocab_size (`int`, *optional*): rows of the embedding and the head; columns past `vocab_size`
+            are cut from the logits. Defaults to `vocab_size`.
+        hidden_size (`int`): width of the residual stream.
+        num_hidden_layers (`int`): decoder layers.
+        max_position_embeddings (`int`): longest context in tokens; rows of the table when positions are
+            learned.
+        attention_type (`"multi_head"` or `"latent"`): multi-head / grouped-query attention, or multi-head
+            latent attention (DeepSeek-V2, section 2.1).
+        num_attention_heads (`int`), num_key_value_heads (`int`, *optional*), head_dim (`int`, *optional*):
+            query heads, key/value heads (default: as many), size of a head (default: `hidden_size /
+            num_attention_heads`).
+        attention_bias (`bool`), attention_output_bias (`bool`, *optional*): biases of q, k, v and of the
+            output projection (default: as `attention_bias`).
+        attention_dropout (`float`): dropout of attention probabilities.
+        attn_logit_softcapping (`float`, *optional*): scores become `cap * tanh(scores / cap)`.
+        qk_norm (`"before_rope"` or `"after_rope"`, *optional*): RMS norm of each query and key head.
+        qk_norm_scale (`float`): factor on queries and keys after their norm (nanochat: 1.2).
+        layer_types (`list[str]` or letters, *optional*): `full_attention` or `sliding_attention` for each
+            layer; or a pattern of `L` and `S` tiled over the depth, whose last layer is full wherever the
+            pattern has an `L`.
+        sliding_window (`int`, *optional*): tokens that a sliding layer sees, the current one included.
+        q_lora_rank, kv_lora_rank, qk_nope_head_dim, qk_rope_head_dim, v_head_dim (`int`, *optional*): sizes
+            of latent attention.
+        latent_attention_mode (`"auto"`, `"naive"` or `"absorb"`): expand the latent to keys and values,
+            attend in latent space, or choose for each call by cost.
+        position_embedding_type (`"rope"`, `"learned"` or `"none"`).
+        rope_parameters (`dict`, *optional*): Hugging Face's rotary parameters: `rope_type` (default, linear,
+            yarn, llama3), `rope_theta`, `factor`, ...
+        rope_interleave (`bool`): pairs are (0, 1), (2, 3), ... instead of (0, d/2), (1, d/2 + 1), ...
+        rope_reverse (`bool`): rotate by minus theta, as nanochat does.
+        norm_type (`"rms_norm"` or `"layer_norm"`), norm_weight (`bool`), rms_norm_eps (`float`): every norm
+            of the model; `norm_weight=False` gives RMS norms without weight. The epsilon serves layer norms
+            too.
+        embedding_norm (`bool`): norm straight after the embedding.
+        hidden_act (`str`), gated_mlp (`bool`), intermediate_size (`int`), mlp_bias (`bool`): the dense
+            feed-forward; silu and gated is SwiGLU.
+        mlp_layer_types (`list[str]` or letters, *optional*): `dense` or `sparse` for each layer; or a pattern
+            of `D` and `S` tiled over the depth.
+        n_routed_experts, n_shared_experts, num_experts_per_tok, moe_intermediate_size (`int`): the mixture of
+            experts.
+        scoring_func (`"softmax"` or `"sigmoid"`): how router logits become scores.
+        n_group, topk_group (`int`): experts are chosen from the best `topk_group` of `n_group` groups.
+        norm_topk_prob (`bool`), routed_scaling_factor (`float`): normalise the chosen scores; scale them.
+        router_correction_bias (`bool`): a bias on the scores that only the choice sees (DeepSeek-V3).
+        router_aux_loss_coef (`float`), output_router_logits (`bool`): weight of the load-balancing loss.
+        value_embedding_interval (`int`, *optional*), value_gate_channels (`int`): every n-th layer, counted
+            back from the last, adds a gated embedding of the token to its values (nanochat).
+        residual_scalars (`bool`): each layer starts from `r * x + z * x0`, with `x0` the embedded token
+            (nanochat).
+        smear (`bool`), smear_gate_channels (`int`): mix the previous token's embedding into each token
+            (nanochat).
+        backout (`bool`): subtract a learned share of the middle residual before the last norm (nanochat).
+        final_logit_softcapping (`float`, *optional*): logits become `cap * tanh(logits / cap)`, in fp32.
+        tie_word_embeddings (`bool`): the head is the embedding.
+        embd_pdrop, resid_pdrop (`float`): dropout of embeddings and of each branch that joins the residual
+            stream.
+        initializer (`"normal"`, `"gpt2"`, `"bytegpt"` or `"nanochat"`), initializer_range (`float`): see
+            `weight_init.py`.
+
+    Raises:
+        ValueError: for an unknown field or a combination that cannot work.
+    """
+
+    model_type = "tessera"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    # The names under which transformers and TRL look for the number of experts.
+    attribute_map = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
+
+    vocab_size: int = 256
+    padded_vocab_size: int | None = None
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    max_position_embeddings: int = 2048
+    use_cache: bool = True
+
+    attention_type: Literal["multi_head", "latent"] = "multi_head"
+    num_attention_heads: int = 8
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool | None = None
+    attention_dropout: float | int = 0.0
+    attn_logit_softcapping: float | int | None = None
+    qk_norm: Literal["before_rope", "after_rope"] | None = None
+    qk_norm_scale: float | int = 1.0
+    layer_types: list[str] | str | None = None
+    sliding_window: int | None = None
+
+    q_lora_rank: int | None = None
+    kv_lora_rank: int | None = None
+    qk_nope_head_dim: int | None = None
+    qk_rope_head_dim: int | None = None
+    v_head_dim: int | None = None
+    latent_attention_mode: Literal["auto", "naive", "absorb"] = "auto"
+
+    position_embedding_type: Literal["rope", "learned", "none"] = "rope"
+    rope_parameters: dict | None = None
+    rope_interleave: bool = False
+    rope_reverse: bool = False
+
+    norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    norm_weight: bool = True
+    rms_norm_eps: float = 1e-6
+    embedding_norm: bool = False
+
+    hidden_act: str = "silu"
+    gated_mlp: bool = True
+    intermediate_size: int = 1408
+    mlp_bias: bool = False
+
+    mlp_layer_types: list[str] | str | None = None
+    n_routed_experts: int = 0
+    n_shared_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int | None = None
+    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float | int = 1.0
+    router_correction_bias: bool = False
+    router_aux_loss_coef: float | int = 0.0
+    output_router_logits: bool = False
+
+    value_embedding_interval: int | None = None
+    value_gate_channels: int = 12
+    residual_scalars: bool = False
+    smear: bool = False
+    smear_gate_channels: int = 24
+    backout: bool = False
+
+    final_logit_softcapping: float | int | None = None
+    tie_word_embeddings: bool = False
+    embd_pdrop: float | int = 0.0
+    resid_pdrop: float | int = 0.0
+    initializer: Literal["normal", "gpt2", "bytegpt", "nanochat"] = "normal"
+    initializer_range: float = 0.02
+
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    # A real field: TRL reads it from every configuration, and saving with code fills it.
+    auto_map: dict = field(default_factory=dict)
+
+    def __post_init__(self, **kwargs):
+        self._refuse_unknown_fields(kwargs)
+        self._require_sizes()
+
+        if self.padded_vocab_size is None:
+            self.padded_vocab_size = self.vocab_size
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.attention_output_bias is None:
+            self.attention_output_bias = self.attention_bias
+        self.layer_types = _expand_pattern(
+            "layer_types", self.layer_types, ATTENTION_LETTERS, self.num_hidden_layers, last="L"
+        )
+        self.mlp_layer_types = _expand_pattern(
+            "mlp_layer_types", self.mlp_layer_types, FEED_FORWARD_LETTERS, self.num_hidden_layers
+        )
+        # Without experts a coefficient would make TRL look for router logits that do not exist.
+        if not self.n_routed_experts:
+            self.router_aux_loss_coef = 0.0
+            self.output_router_logits = False
+
+        rope_parameters = copy.deepcopy(kwargs.pop("rope_scaling", None) or self.rope_parameters)
+        self._validate_heads()
+        if self.attention_type == "latent":
+            # The head as transformers' paged cache sees it, of which the last part is rotated.
+            self.head_dim = self.qk_head_dim
+            rope_parameters = {
+                **(rope_parameters or {}),
+                "partial_rotary_factor": self.qk_rope_head_dim / self.qk_head_dim,
+            }
+        elif self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.rope_parameters = rope_parameters
+        self.ignore_keys_at_rope_validation = {"partial_rotary_factor"}
+
+        super().__post_init__(**kwargs)
+        self.validate_architecture()
+
+    # ---- derived sizes
+    # ----------------------------------------------------------------------------------------------
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Size of a query and key head; for latent attention the unrotated and the rotated part."""
+        if self.attention_type == "latent":
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
+        return self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of a head that are rotated."""
+        if self.attention_type == "latent":
+            return self.qk_rope_head_dim
+        return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
+
+    def has_value_embedding(self, layer_idx: int) -> bool:
+        """Whether a layer adds value embeddings: every n-th layer, counted back from the last."""
+        interval = self.value_embedding_interval
+        return interval is not None and (self.num_hidden_layers - 1 - layer_idx) % interval == 0
+
+    # ---- what cannot work
+    # -------------------------------------------------------------------------------------------
+
+    def _refuse_unknown_fields(self, kwargs: dict[str, Any]) -> None:
+        known = _LIBRARY_KWARGS | set(GenerationConfig._get_default_generation_params())
+        names = sorted({f.name for f in fields(self)} | set(self.attribute_map))
+        for name in kwargs:
+            if name in known or name.startswith("_") or hasattr(type(self), name):
+                continue
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise ValueError(f"TesseraConfig has no field '{name}'{hint}")
+
+    def _require_sizes(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "max_position_embeddings",
+            "num_attention_heads",
+            "intermediate_size",
+            "n_group",
+            "topk_group",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in (
+            "num_key_value_heads",
+            "head_dim",
+            "sliding_window",
+            "q_lora_rank",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+            "moe_intermediate_size",
+            "value_embedding_interval",
+        ):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 or null, got {getattr(self, name)}")
+        for name in ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "router_aux_loss_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("attention_dropout", "embd_pdrop", "resid_pdrop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is a probability in [0, 1), got {getattr(self, name)}")
+        for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive or null, got {getattr(self, name)}")
+
+    def _validate_heads(self) -> None:
+        if self.attention_type == "latent":
+            missing = [
+                name
+                for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+                if getattr(self, name) is None
+            ]
+            if missing:
+                raise ValueError(f"latent attention needs {', '.join(missing)}")
+            if self.num_key_value_heads != self.num_attention_heads:
+                raise ValueError(
+                    "latent attention expands one latent to all heads: num_key_value_heads "
+                    f"({self.num_key_value_heads}) must equal num_attention_heads "
+                    f"({self.num_attention_heads})"
+                )
+            return
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) does not divide into num_attention_heads "
+                f"({self.num_attention_heads}) heads; set head_dim or change one of them"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})"
+            )
+
+    def validate_rope(self) -> None:
+        """Nothing: `validate_architecture` checks positions too, and takes a YaRN factor as it is given.
+
+        The library's own check, which this replaces, warns of every factor that is not the ratio of the two
+        context lengths; DeepSeek's and ByteGPT's are not.
+        """
+
+    def validate_architecture(self) -> None:
+        """Checks the fields against each other.
+
+        Raises:
+            ValueError: with the fields, what was given and what would work.
+        """
+        self._validate_heads()
+        self._validate_layers()
+        self._validate_positions()
+        self._validate_attention()
+        self._validate_experts()
+        self._validate_nanochat_tiles()
+        if self.padded_vocab_size < self.vocab_size:
+            raise ValueError(
+                f"padded_vocab_size ({self.padded_vocab_size}) is smaller than vocab_size ({self.vocab_size})"
+            )
+        if self.norm_type == "layer_norm" and not self.norm_weight:
+            raise ValueError(
+                "norm_weight=False is for norm_type='rms_norm'; a layer norm keeps its weight and bias"
+            )
+
+    def _validate_layers(self) -> None:
+        kinds = {"layer_types": ATTENTION_LETTERS, "mlp_layer_types": FEED_FORWARD_LETTERS}
+        for name, letters in kinds.items():
+            given = getattr(self, name)
+            if len(given) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} has {len(given)} entries for num_hidden_layers={self.num_hidden_layers}; to change "
+                    "the depth of a configuration, build it anew with both"
+                )
+            wrong = sorted(set(given) - set(letters.values()))
+            if wrong:
+                raise ValueError(f"{name} knows {', '.join(letters.values())}; got {', '.join(wrong)}")
+        slides = "sliding_attention" in self.layer_types
+        if slides and self.sliding_window is None:
+            raise ValueError("layer_types has sliding_attention layers, but sliding_window is not set")
+
+    def _validate_positions(self) -> None:
+        if self.position_embedding_type != "rope":
+            return
+        rope_type = self.rope_parameters.get("rope_type", "default")
+        if rope_type not in _ROPE_TYPES:
+            raise ValueError(
+                f"rope_parameters: rope_type must be one of {', '.join(_ROPE_TYPES)}; got '{rope_type}'"
+            )
+        if rope_type != "default" and "factor" not in self.rope_parameters:
+            raise ValueError(f"rope_parameters: rope_type '{rope_type}' needs a factor")
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise ValueError(
+                f"rotary positions turn pairs of channels: the rotated width of a head must be even, got "
+                f"{self.rotary_dim} (head_dim {self.head_dim}"
+                + (f", qk_rope_head_dim {self.qk_rope_head_dim})" if self.attention_type == "latent" else ")")
+            )
+
+    def _validate_attention(self) -> None:
+        latent_only = [name for name in ("kv_lora_rank", "q_lora_rank") if getattr(self, name) is not None]
+        if self.attention_type == "multi_head" and latent_only:
+            raise ValueError(f"{', '.join(latent_only)} belong to attention_type='latent', which is not set")
+        if self.attention_type == "latent" and self.qk_norm is not None:
+            raise ValueError(
+                "qk_norm cannot be combined with latent attention: normed keys cannot be cached as a latent"
+            )
+        if self.qk_norm_scale != 1.0 and self.qk_norm is None:
+            raise ValueError(f"qk_norm_scale={self.qk_norm_scale} has no effect without qk_norm")
+
+    def _validate_experts(self) -> None:
+        sparse = "sparse" in self.mlp_layer_types
+        if sparse and not self.n_routed_experts:
+            raise ValueError("mlp_layer_types has sparse layers, but n_routed_experts is 0")
+        if self.n_routed_experts and not sparse:
+            raise ValueError("n_routed_experts is set, but mlp_layer_types has no sparse layer")
+        if not sparse:
+            return
+        if self.moe_intermediate_size is None:
+            raise ValueError("sparse layers need moe_intermediate_size, the width of one expert")
+        if not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
+            raise ValueError(
+                f"num_experts_per_tok must lie between 1 and n_routed_experts ({self.n_routed_experts}), got "
+                f"{self.num_experts_per_tok}"
+            )
+        if self.n_routed_experts % self.n_group:
+            groups = f"n_group ({self.n_group}) groups"
+            raise ValueError(f"n_routed_experts ({self.n_routed_experts}) does not divide into {groups}")
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group ({self.topk_group}) is larger than n_group ({self.n_group})")
+        reachable = self.topk_group * (self.n_routed_experts // self.n_group)
+        if self.num_experts_per_tok > reachable:
+            raise ValueError(
+                f"num_experts_per_tok ({self.num_experts_per_tok}) is more than the {reachable} experts of "
+                f"topk_group ({self.topk_group}) groups"
+            )
+        if self.mlp_bias:
+            raise ValueError("mlp_bias cannot be combined with sparse layers: stacked experts have no biases")
+
+    def _validate_nanochat_tiles(self) -> None:
+        if self.value_embedding_interval is not None:
+            if self.attention_type == "latent":
+                raise ValueError(
+                    "value embeddings need attention_type='multi_head': latent attention caches no values "
+                    "that they could be added to"
+                )
+            if not 1 <= self.value_gate_channels <= self.hidden_size:
+                raise ValueError(
+                    f"value_gate_channels ({self.value_gate_channels}) must lie between 1 and hidden_size "
+                    f"({self.hidden_size})"
+                )
+        if self.smear and not 1 <= self.smear_gate_channels <= self.hidden_size:
+            raise ValueError(
+                f"smear_gate_channels ({self.smear_gate_channels}) must lie between 1 and hidden_size "
+                f"({self.hidden_size})"
+            )
+
+    # ---- presets
+    # ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "TesseraConfig":
+        """Builds the configuration of a preset.
+
+        Args:
+            name: a file of `configs/models/` without its ending, or `<stem>-d<depth>` where `<stem>-d12` is
+                such a file: the depth rule then gives the sizes.
+            overrides: fields to change; `depth=N` applies the depth rule to any preset with multi-head
+                attention.
+
+        Raises:
+            ValueError: for an unknown preset or field, or sizes that do not fit together.
+        """
+        values = read_preset(name)
+        depth = overrides.pop("depth", None)
+        if depth is not None:
+            values = scale_to_depth(values, depth)
+        return cls(**{**values, **overrides})
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that have a file, in alphabetical order."""
+    return sorted(
+        path.name.removesuffix(".json") for path in _preset_folder().iterdir() if path.name.endswith(".json")
+    )
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """Reads the fields of a preset, with letters not yet expanded to layers.
+
+    A file may name another preset as `base`; a `depth` beside it applies the depth rule to that base, and
+    other fields are laid over it.
+
+    Raises:
+        ValueError: if there is no such preset.
+    """
+    path = _preset_folder() / f"{name}.json"
+    if re.fullmatch(r"[\w.-]+", name) and path.is_file():
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if "base" not in values:
+            return values
+        base = read_preset(values.pop("base"))
+        depth = values.pop("depth", None)
+        return {**(base if depth is None else scale_to_depth(base, depth)), **values}
+    by_depth = re.fullmatch(r"(.+)-d(\d+)", name)
+    if by_depth and f"{by_depth[1]}-d12" in preset_names():
+        return scale_to_depth(read_preset(f"{by_depth[1]}-d12"), int(by_depth[2]))
+    names = preset_names()
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else ""
+    raise ValueError(f"there is no preset '{name}'{hint} (presets: {', '.join(names)})")
+
+
+def scale_to_depth(values: dict[str, Any], depth: int) -> dict[str, Any]:
+    """The depth rule: one dial that sets every size of a multi-head preset (nanochat's base_train).
+
+    Width grows with depth at the preset's own ratio (64 a layer in nanochat) and is rounded up to whole
+    heads; heads, key/value heads and feed-forward keep their ratios to the width.
+
+    Raises:
+        ValueError: if `depth` is not positive, or the preset has no heads to count or layers listed one by
+            one.
+    """
+    if not isinstance(depth, int) or depth < 1:
+        raise ValueError(f"depth must be a whole number of layers, at least 1; got {depth!r}")
+    if values.get("attention_type", "multi_head") != "multi_head":
+        raise ValueError(
+            "the depth rule is for multi-head attention; set the sizes of a latent model one by one"
+        )
+    if any(isinstance(values.get(name), list) for name in ("layer_types", "mlp_layer_types")):
+        raise ValueError("the depth rule needs layer types given as a pattern of letters, not as a list")
+    head_dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
+    groups = values["num_attention_heads"] // (
+        values.get("num_key_value_heads") or values["num_attention_heads"]
+    )
+    heads = -(-depth * values["hidden_size"] // (values["num_hidden_layers"] * head_dim))
+    if heads % groups:
+        raise ValueError(
+            f"depth {depth} gives {heads} heads, which do not share key/value heads in groups of {groups}"
+        )
+    width = heads * head_dim
+    scaled = {
+        **values,
+        "num_hidden_layers": depth,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // groups,
+    }
+    for name in ("intermediate_size", "moe_intermediate_size"):
+        if values.get(name) is not None:
+            scaled[name] = values[name] * width // values["hidden_size"]
+    return scaled
+
+
+def _preset_folder():
+    try:
+        return resources.files("tessera.configs") / "models"
+    except ModuleNotFoundError:
+        raise ValueError("presets come with the tessera package, which is not installed here") from None
+
+
+def _expand_pattern(
+    name: str, given: list[str] | str | None, letters: dict[str, str], depth: int, last: str | None = None
+) -> list[str]:
+    """Spells a pattern of letters out over the layers; a list stays as it is."""
+    default, *_ = ("full_attention",) if last else ("dense",)
+    if given is None:
+        return [default] * depth
+    if not isinstance(given, str):
+        return list(given)
+    if not given or set(given) - set(letters):
+        meaning = ", ".join(f"{letter} ({kind})" for letter, kind in letters.items())
+        raise ValueError(f"{name} as a pattern is made of the letters {meaning}; got '{given}'")
+    kinds = [given[i % len(given)] for i in range(depth)]
+    if last is not None and last in given:
+        kinds[-1] = last
+    return [letters[kind] for kind in kinds]

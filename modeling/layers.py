@@ -1,0 +1,145 @@
+"""The small parts of a decoder: norms, rotary positions, and nanochat's smear.
+
+What belongs here: modules without attention or feed-forward in them. Shapes: B batch, T positions, H heads, D
+head size, C hidden.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, StaticCache, StaticSlidingWindowLayer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .configuration_tessera import TesseraConfig
+
+
+class TesseraRMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich, 2019), computed in fp32, with or without a weight."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6, weight: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size)) if weight else None
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        normed = x.float()
+        normed = (normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return normed if self.weight is None else self.weight * normed
+
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}, weight={self.weight is not None}"
+
+
+def make_norm(config: TesseraConfig, size: int | None = None) -> nn.Module:
+    """The norm that the configuration names, over `size` channels (default: the hidden size)."""
+    size = config.hidden_size if size is None else size
+    if config.norm_type == "layer_norm":
+        return nn.LayerNorm(size, eps=config.rms_norm_eps)
+    return TesseraRMSNorm(size, eps=config.rms_norm_eps, weight=config.norm_weight)
+
+
+class TesseraRotaryEmbedding(nn.Module):
+    """Cosines and sines of rotary positions (Su et al., 2021), with linear, YaRN or llama3 scaling.
+
+    transformers recomputes `inv_freq` after loading for any class of this name and with these buffers.
+    """
+
+    def __init__(self, config: TesseraConfig):
+        super().__init__()
+        self.config = config
+        self.rope_type = config.rope_parameters["rope_type"]
+        inv_freq, self.attention_scaling = self._init_function()(config)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
+
+    def _init_function(self) -> Callable[..., tuple[torch.Tensor, float]]:
+        if self.rope_type == "default":
+            return self.compute_default_rope_parameters
+        return ROPE_INIT_FUNCTIONS[self.rope_type]
+
+    @staticmethod
+    def compute_default_rope_parameters(config: TesseraConfig, **_) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies [rotary_dim / 2] without scaling, and the factor 1 on cosines and sines."""
+        dim = config.rotary_dim
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines [B, T, rotary_dim / 2] in the dtype of `x`, for positions [B, T]."""
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
+        sign = -1.0 if self.config.rope_reverse else 1.0
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * (sign * self.attention_scaling)
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def apply_rotary(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool = False
+) -> torch.Tensor:
+    """Rotates the first `2 * cos.shape[-1]` channels of each head; the others pass.
+
+    Interleaved pairs come out as (0, 2, ..., 1, 3, ...). Queries and keys are permuted alike, so their
+    product is that of the interleaved order.
+
+    Args:
+        x: queries or keys [B, H, T, D].
+        cos, sin: [B, T, rotary_dim / 2].
+        interleave: whether the pairs are neighbours instead of half a head apart.
+    """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    half = cos.shape[-1]
+    rotated, passed = x[..., : 2 * half], x[..., 2 * half :]
+    first, second = (
+        (rotated[..., ::2], rotated[..., 1::2]) if interleave else (rotated[..., :half], rotated[..., half:])
+    )
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    return torch.cat([*parts, passed] if passed.shape[-1] else parts, dim=-1)
+
+
+class TesseraSmear(nn.Module):
+    """Mixes the previous token's embedding into each token's (nanochat, July 2026).
+
+    `x[t] += scale * sigmoid(gate(first channels of x[t])) * x[t - 1]`. The first token of a document has no
+    previous one. While decoding, the last embedding is kept beside the layers' keys and values, as one more
+    layer of the cache whose window is two tokens: it is reordered, cropped and repeated with the others, and
+    a chunk that follows a cached prefix continues as if both had come at once.
+    """
+
+    def __init__(self, config: TesseraConfig):
+        super().__init__()
+        self.cache_idx = config.num_hidden_layers
+        self.gate = nn.Linear(config.smear_gate_channels, 1, bias=False)
+        self.gate.init_role = "gate"
+        self.scale = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+        """Embeddings [B, T, C] at positions [B, T] or [1, T] -> embeddings [B, T, C]."""
+        carried = None if cache is None else self._exchange(x, cache)
+        follows = position_ids[:, 1:] == position_ids[:, :-1] + 1
+        if carried is None:
+            previous, first = (
+                torch.zeros_like(x[:, :1]),
+                torch.zeros_like(position_ids[:, :1], dtype=torch.bool),
+            )
+        else:
+            previous, first = carried, position_ids[:, :1] > 0
+        previous = torch.cat([previous, x[:, :-1]], dim=1)
+        follows = torch.cat([first, follows], dim=1).unsqueeze(-1)
+        gate = self.scale * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))
+        return x + torch.where(follows, gate * previous, 0.0).to(x.dtype)
+
+    def _exchange(self, x: torch.Tensor, cache: Cache) -> torch.Tensor | None:
+        """Stores the embeddings in the cache and returns the one before them [B, 1, C], if there is one."""
+        if cache.layer_class_to_replicate is None and len(cache.layers) == self.cache_idx:
+            if isinstance(cache, StaticCache):
+                cache.layers.append(StaticSlidingWindowLayer(max_cache_len=2, sliding_window=2))
+            else:
+                cache.layers.append(DynamicSlidingWindowLayer(sliding_window=2))
+        seen = len(cache.layers) > self.cache_idx and cache.layers[self.cache_idx].get_seq_length() > 0
+        states = x.unsqueeze(1)
+        kept, _ = cache.update(states, states[..., :0], self.cache_idx)
+        if not seen:
+            return None
+        last = min(kept.shape[-2], cache.get_seq_length(self.cache_idx)) - x.shape[1] - 1
+        return kept[:, 0, last : last + 1]
