@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 # One letter a layer, tiled over the depth: `layer_types="SSSL"`, `mlp_layer_types="DS"`.
 ATTENTION_LETTERS = {"S": "sliding_attention", "L": "full_attention"}
@@ -366,6 +367,10 @@ class TesseraConfig(PreTrainedConfig):
             raise ValueError(
                 f"padded_vocab_size ({self.padded_vocab_size}) is smaller than vocab_size ({self.vocab_size})"
             )
+        if self.hidden_act not in ACT2FN:
+            close = difflib.get_close_matches(self.hidden_act, ACT2FN, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else ""
+            raise ValueError(f"transformers knows no activation hidden_act='{self.hidden_act}'{hint}")
         if self.norm_type == "layer_norm" and not self.norm_weight:
             raise ValueError(
                 "norm_weight=False is for norm_type='rms_norm'; a layer norm keeps its weight and bias"
@@ -377,8 +382,8 @@ class TesseraConfig(PreTrainedConfig):
             given = getattr(self, name)
             if len(given) != self.num_hidden_layers:
                 raise ValueError(
-                    f"{name} has {len(given)} entries for num_hidden_layers={self.num_hidden_layers}; to change "
-                    "the depth of a configuration, build it anew with both"
+                    f"{name} has {len(given)} entries for num_hidden_layers={self.num_hidden_layers}; to "
+                    "change the depth of a configuration, build it anew with both"
                 )
             wrong = sorted(set(given) - set(letters.values()))
             if wrong:

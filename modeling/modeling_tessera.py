@@ -329,7 +329,9 @@ class TesseraForCausalLM(TesseraPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])[..., : self.config.vocab_size]
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        if self.config.padded_vocab_size > self.config.vocab_size:
+            logits = logits[..., : self.config.vocab_size].contiguous()
         cap = self.config.final_logit_softcapping
         if cap is not None:
             logits = cap * torch.tanh(logits.float() / cap)
@@ -350,7 +352,8 @@ class TesseraForCausalLM(TesseraPreTrainedModel, GenerationMixin):
                 padding = padding[:, -outputs.last_hidden_state.shape[1] :]
             aux_loss = load_balancing_loss(routers, outputs.router_logits, padding)
             if loss is not None and self.config.router_aux_loss_coef:
-                share = _share_of_batch(labels, kwargs.get("num_items_in_batch"))
+                targets = kwargs.get("shift_labels", labels[:, 1:])
+                share = _share_of_batch(targets, kwargs.get("num_items_in_batch"))
                 loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
@@ -372,13 +375,13 @@ class TesseraForTokenClassification(GenericForTokenClassification, TesseraPreTra
 
 
 def _share_of_batch(
-    labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+    targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor | float:
     """Share of the batch's counted tokens that this micro-batch holds: the weight of a loss that is a
     mean."""
     if num_items_in_batch is None:
         return 1.0
-    return (labels[:, 1:] != -100).sum() / num_items_in_batch
+    return (targets != -100).sum() / num_items_in_batch
 
 
 def _everything(*_) -> torch.Tensor:

@@ -53,6 +53,8 @@ MIXTURES = {
     "partial-rotary-interleaved-llama3": (
         "llama-tiny",
         {
+            "vocab_size": 250,
+            "padded_vocab_size": 256,
             "rope_interleave": True,
             "rope_parameters": {
                 "rope_type": "llama3",

@@ -1,0 +1,37 @@
+"""From what a user gives as `--config` to a configuration: a preset, a Tessera config file, or ByteGPT's own
+JSON."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+
+from tessera.conversion.model_args import config_from_model_args, is_model_args
+from tessera.modeling.configuration_tessera import TesseraConfig
+from tessera.modeling.loading import first_sentence, read_json
+
+
+def resolve_config(given: str, **overrides: Any) -> TesseraConfig:
+    """Finds the configuration that a name or path means.
+
+    Args:
+        given: a file or a directory with `config.json`, else the name of a preset.
+        overrides: fields laid over it.
+
+    Raises:
+        ValueError: if it is neither, or does not validate.
+    """
+    path = Path(given)
+    try:
+        if not path.exists() and path.suffix != ".json":
+            return TesseraConfig.from_preset(given, **overrides)
+        values = read_json(path / "config.json" if path.is_dir() else path)
+        if is_model_args(values):
+            return config_from_model_args(values, **overrides)
+        if values.get("model_type", TesseraConfig.model_type) != TesseraConfig.model_type:
+            raise ValueError(
+                f"{path} describes a model of type '{values['model_type']}', not a Tessera model"
+            )
+        return TesseraConfig(**{**values, **overrides})
+    except StrictDataclassError as error:
+        raise ValueError(f"--config {given}: {first_sentence(error)}") from error

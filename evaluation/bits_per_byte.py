@@ -1,0 +1,78 @@
+"""Validation loss in nats per token and in bits per byte, which does not depend on the tokenizer.
+
+What belongs here: likelihood of a text under a model. Bits per byte is the summed loss of all target tokens,
+over ln 2 and over the bytes that the text has.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+
+@dataclass(frozen=True)
+class TextLoss:
+    """Loss of a text: `nats` per token, over `tokens` targets that stand for `num_bytes` bytes."""
+
+    nats: float
+    tokens: int
+    num_bytes: float
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits that the model needs for one byte of the text."""
+        return self.nats * self.tokens / self.num_bytes / math.log(2)
+
+
+@torch.no_grad()
+def text_loss(
+    model: nn.Module,
+    ids: np.ndarray,
+    num_bytes: int,
+    length: int,
+    batch_size: int = 16,
+    accelerator: Accelerator | None = None,
+) -> TextLoss:
+    """Mean loss over every token of a stream but the first, in non-overlapping windows.
+
+    Each window starts without context, so the figure is that of a model that is given `length` tokens at a
+    time. Processes share the windows.
+
+    Args:
+        model: a causal language model that returns logits; its mode is restored.
+        ids: token ids [N].
+        num_bytes: bytes of text that the ids stand for.
+        length: positions in a window.
+        batch_size: windows at a time.
+        accelerator: of the run, for its device and precision.
+
+    Raises:
+        ValueError: if there are fewer than two tokens.
+    """
+    if len(ids) < 2:
+        raise ValueError(f"a loss needs two tokens or more, got {len(ids)}")
+    accelerator = accelerator or Accelerator()
+    was_training = model.training
+    model.eval()
+    whole = (len(ids) - 1) // length
+    rows = [ids[i * length : (i + 1) * length + 1] for i in range(whole)]
+    batches = [rows[i : i + batch_size] for i in range(0, whole, batch_size)]
+    if (len(ids) - 1) % length:
+        batches.append([ids[whole * length :]])
+    total = torch.zeros((), dtype=torch.float64, device="cpu")
+    for batch in batches[accelerator.process_index :: accelerator.num_processes]:
+        tokens = torch.from_numpy(np.stack(batch).astype(np.int64)).to(accelerator.device)
+        with accelerator.autocast():
+            logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+        loss = nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+        )
+        total += loss.double().cpu()
+    model.train(was_training)
+    # Summed in fp32 where a device knows no doubles; the sum of a few processes loses nothing that shows.
+    total = accelerator.reduce(total.float().to(accelerator.device), "sum").item()
+    count = len(ids) - 1
+    return TextLoss(total / count, count, num_bytes * count / len(ids))

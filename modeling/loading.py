@@ -1,0 +1,97 @@
+"""Loads a model from a directory, or refuses in one sentence.
+
+`from_pretrained` fills a tensor that a checkpoint lacks with fresh random numbers and goes on; here that is
+an error. This file is for the package's own tools and does not travel to the Hub.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+from .configuration_tessera import TesseraConfig
+from .modeling_tessera import TesseraForCausalLM
+
+
+def load_model(
+    path: str | Path, config: TesseraConfig | None = None, dtype: torch.dtype | str = "auto", **kwargs
+) -> TesseraForCausalLM:
+    """Loads a causal language model whose every tensor comes from the checkpoint.
+
+    Args:
+        path: a directory with `config.json` and safetensors, as `save_pretrained` writes it.
+        config: instead of the directory's own.
+        dtype: of the weights; "auto" keeps the checkpoint's.
+        kwargs: for `from_pretrained`.
+
+    Raises:
+        ValueError: if nothing is there, or if the checkpoint has missing, extra, misshapen or unreadable
+            tensors.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"there is no checkpoint directory {path}")
+    if not any(path.glob("model*.safetensors")):
+        raise ValueError(f"{path} has no model.safetensors")
+    if config is None:
+        config = read_config(path / "config.json")
+    try:
+        model, info = TesseraForCausalLM.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    problems = []
+    for kind, names in (
+        ("missing", info["missing_keys"]),
+        ("unexpected", info["unexpected_keys"]),
+        ("misshapen", [entry[0] for entry in info["mismatched_keys"]]),
+    ):
+        if names:
+            names = sorted(names)
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            problems.append(f"{len(names)} {kind} ({', '.join(names[:3])}{more})")
+    if problems:
+        raise ValueError(f"{path} does not fit the model: {'; '.join(problems)}")
+    return model
+
+
+def read_config(path: str | Path) -> TesseraConfig:
+    """Reads a Tessera `config.json`.
+
+    Raises:
+        ValueError: if it is missing, not JSON, of another model type, or does not validate.
+    """
+    values = read_json(path)
+    if values.get("model_type", TesseraConfig.model_type) != TesseraConfig.model_type:
+        raise ValueError(f"{path} describes a model of type '{values['model_type']}', not a Tessera model")
+    try:
+        return TesseraConfig.from_dict(values)
+    except StrictDataclassError as error:
+        raise ValueError(f"{path}: {first_sentence(error)}") from error
+
+
+def read_json(path: str | Path) -> dict:
+    """Reads a JSON object.
+
+    Raises:
+        ValueError: if the file is missing or is not a JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(values).__name__}")
+    return values
+
+
+def first_sentence(error: Exception) -> str:
+    """The message of a validation error without the lines that say which validator it was."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].removeprefix("TypeError: ").removeprefix("ValueError: ")

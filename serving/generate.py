@@ -1,0 +1,170 @@
+"""Text from a model: many prompts as one batch, and a prompt loop in the terminal.
+
+What belongs here: from strings to strings, over transformers' `generate`.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, TextStreamer
+
+from tessera.configs.resolve import resolve_config
+from tessera.modeling.loading import load_model
+from tessera.modeling.modeling_tessera import TesseraForCausalLM
+from tessera.tokenization import build_byte_tokenizer
+from tessera.training.checkpoints import list_checkpoints
+
+
+@dataclass
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        max_new_tokens: length of a completion.
+        temperature: 0 takes the likeliest token.
+        top_k, top_p: sample only from the likeliest; None for all.
+    """
+
+    max_new_tokens: int = 200
+    temperature: float = 0.2
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+
+    def arguments(self) -> dict:
+        """As `generate` takes them."""
+        if self.temperature == 0:
+            return {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": True,
+            "temperature": self.temperature,
+            # transformers' own default keeps the best 50; none given means none here.
+            "top_k": self.top_k or 0,
+            "top_p": self.top_p if self.top_p is not None else 1.0,
+        }
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The model directory that a path means: itself, or the end or newest checkpoint of a run.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"there is no checkpoint {path}")
+    candidates = [path, path / "final", *reversed(list_checkpoints(path / "checkpoints"))]
+    for candidate in candidates:
+        if candidate.is_dir() and any(candidate.glob("model*.safetensors")):
+            return candidate
+    raise ValueError(f"{path} holds no model.safetensors, neither itself nor in final/ or checkpoints/")
+
+
+def load(ckpt_path: str, config: str | None = None, device: str | None = None):
+    """Loads a model and its tokenizer; bytes where the directory has no tokenizer of its own.
+
+    Raises:
+        ValueError: if either cannot be loaded or they do not fit each other.
+    """
+    folder = find_checkpoint(ckpt_path)
+    model = load_model(folder, config=None if config is None else resolve_config(config))
+    if (folder / "tokenizer_config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    else:
+        tokenizer = build_byte_tokenizer()
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model's vocabulary only "
+            f"{model.config.vocab_size}"
+        )
+    return model.to(device or pick_device()).eval(), tokenizer
+
+
+def pick_device() -> str:
+    """The fastest device of this machine."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+@torch.inference_mode()
+def complete(
+    model: TesseraForCausalLM,
+    tokenizer,
+    prompts: list[str],
+    sampling: Sampling,
+    streamer: TextStreamer | None = None,
+) -> list[str]:
+    """Continues prompts of any lengths in one batch, padded on the left and masked.
+
+    Returns:
+        The completions, without their prompts.
+
+    Raises:
+        ValueError: for an empty prompt, or one that leaves no room in the model's context.
+    """
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    for row in rows:
+        if not row:
+            raise ValueError("a prompt is empty: give at least one character to continue")
+        if len(row) + sampling.max_new_tokens > model.config.max_position_embeddings:
+            raise ValueError(
+                f"a prompt of {len(row)} tokens and {sampling.max_new_tokens} new ones are more than the "
+                f"model's context of {model.config.max_position_embeddings}"
+            )
+    longest = max(map(len, rows))
+    # Masked positions may hold any id, so no padding token is needed.
+    padding = tokenizer.pad_token_id or 0
+    ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    out = model.generate(
+        ids, attention_mask=mask, pad_token_id=padding, streamer=streamer, **sampling.arguments()
+    )
+    return [tokenizer.decode(row[longest:], skip_special_tokens=True) for row in out]
+
+
+def converse(
+    model: TesseraForCausalLM,
+    tokenizer,
+    sampling: Sampling,
+    read: Callable[[str], str] = input,
+) -> None:
+    """Reads prompts and prints what the model makes of them, until `/exit` or the end of input.
+
+    Everything so far is the prompt of the next turn, as far as it fits; `/clear` forgets it.
+    """
+    history = ""
+    print("Type a text to continue; /clear forgets what came before, /exit leaves.", file=sys.stderr)
+    while True:
+        try:
+            line = read(">>> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line.strip() == "/exit":
+            return
+        if line.strip() == "/clear":
+            history = ""
+            continue
+        if not line:
+            continue
+        history += line
+        room = model.config.max_position_embeddings - sampling.max_new_tokens
+        ids = tokenizer(history)["input_ids"]
+        if len(ids) > room > 0:
+            history = tokenizer.decode(ids[-room:], skip_special_tokens=True)
+        try:
+            streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            history += complete(model, tokenizer, [history], sampling, streamer)[0]
+        except ValueError as error:
+            history = ""
+            print(f"error: {error}", file=sys.stderr)

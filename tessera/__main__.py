@@ -1,0 +1,5 @@
+"""`python -m tessera`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,27 @@
+"""Tokenizers: text to ids and back, each saved as a `tokenizer.json` that plain `AutoTokenizer` loads.
+
+Names are imported on first use, so that `import tessera.tokenization` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .byte_tokenizer import ByteTokenizer, build_byte_tokenizer
+
+_ROOM_OF = {
+    "ByteTokenizer": "byte_tokenizer",
+    "build_byte_tokenizer": "byte_tokenizer",
+}
+
+__all__ = ["ByteTokenizer", "build_byte_tokenizer"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_ROOM_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,60 @@
+"""The loss curve of a run as a picture."""
+
+import json
+import math
+from pathlib import Path
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The records of a `metrics.jsonl`, oldest first."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def draw_curve(records: list[dict], path: Path, title: str) -> bool:
+    """Draws training and validation loss over tokens, in nats and in bits per byte.
+
+    Args:
+        records: with `tokens` and `loss`, or with `tokens`, `val_loss` and `val_bits_per_byte`.
+        path: the PNG to write.
+        title: above the picture.
+
+    Returns:
+        Whether it was drawn; matplotlib comes with the extra `train`.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    train = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
+    val = [(r["tokens"], r["val_loss"], r["val_bits_per_byte"]) for r in records if "val_loss" in r]
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    if train:
+        axes.plot(*zip(*train, strict=True), color="#9db8d2", linewidth=1.2, label="training")
+    if val:
+        tokens, loss, bits = zip(*val, strict=True)
+        axes.plot(tokens, loss, color="#1f4e79", marker="o", markersize=4, label="validation")
+        axes.annotate(
+            f"{loss[-1]:.3f} nats\n{bits[-1]:.3f} bits/byte",
+            (tokens[-1], loss[-1]),
+            textcoords="offset points",
+            xytext=(-6, 12),
+            ha="right",
+        )
+        ratio = bits[-1] / loss[-1]
+        second = axes.secondary_yaxis("right", functions=(lambda y: y * ratio, lambda y: y / ratio))
+        second.set_ylabel("bits per byte")
+    losses = [y for _, y in train] + [y for _, y, _ in val]
+    if losses:
+        # The first steps are far above the rest and would flatten it.
+        start = sorted(losses)[int(0.95 * (len(losses) - 1))]
+        axes.set_ylim(
+            min(losses) - 0.1, max(start * 1.15, min(losses) + 0.2) if math.isfinite(start) else None
+        )
+    axes.set_xlabel("tokens seen")
+    axes.set_ylabel("nats per token")
+    axes.set_title(title)
+    axes.grid(alpha=0.25)
+    axes.legend(loc="upper right")
+    figure.savefig(path, dpi=120)
+    return True

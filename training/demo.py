@@ -1,0 +1,96 @@
+"""`make demo`: a model from nothing in minutes, on text that every machine has.
+
+The text is the standard library of the Python that runs this, its sources and its help texts, unless another
+is given. The model is the preset that learns fastest on two CPU cores (`benchmarks/shakespeare_cpu.py`).
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from .pretrain import PretrainArguments, PretrainResult, pretrain
+
+PRESET = "bytes-demo"
+DEMO_MARK = ".tessera-demo"
+
+# Run by a new Python, which knows nothing of this one.
+_LOAD = """
+import sys, tessera
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+inputs = tokenizer(sys.argv[2], return_tensors="pt")
+out = model.generate(**inputs, max_new_tokens=160, do_sample=True, temperature=0.6, pad_token_id=0)
+print(type(model).__name__, type(tokenizer).__name__)
+print(tokenizer.decode(out[0]))
+"""
+
+
+def standard_library_text(folder: Path) -> Path:
+    """Writes the sources and help topics of this Python's standard library below `folder`, as text files."""
+    from pydoc_data import topics
+
+    root = Path(sysconfig.get_path("stdlib"))
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in sorted(root.glob("*.py")) + sorted(root.glob("[a-z]*/*.py")):
+        if source.parent.name in ("site-packages", "test", "idlelib", "lib2to3", "encodings", "pydoc_data"):
+            continue
+        shutil.copyfile(source, folder / f"{source.parent.name}-{source.name}")
+    for name, text in topics.topics.items():
+        (folder / f"topic-{name}.txt").write_text(text, encoding="utf-8")
+    return folder
+
+
+def run_demo(minutes: float = 2.5, data: str | None = None, save_path: str = "runs/demo") -> PretrainResult:
+    """Trains, shows bits per byte before and after, the curve's path and a sample, and loads the model
+    elsewhere.
+
+    Args:
+        minutes: of training.
+        data: text file or folder; the standard library if not given.
+        save_path: run directory; what an earlier demo left there is replaced, anything else is not.
+
+    Raises:
+        ValueError: if `save_path` holds something else, or the text is too short.
+    """
+    folder = Path(save_path)
+    if folder.exists() and any(folder.iterdir()) and not (folder / DEMO_MARK).exists():
+        raise ValueError(f"{folder} holds something other than a demo; choose another --save-path")
+    run = folder / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DEMO_MARK).touch()
+    if data is None:
+        print("text: this Python's standard library")
+        shutil.rmtree(folder / "text", ignore_errors=True)
+        data, prompt = str(standard_library_text(folder / "text")), "def "
+    else:
+        print(f"text: {data}")
+        prompt = "\n"
+    result = pretrain(
+        PretrainArguments(
+            config=PRESET,
+            data_file=data,
+            save_path=str(run),
+            minutes=minutes,
+            batch_size=4,
+            sequence_length=256,
+            sample_prompt=prompt,
+        )
+    )
+    print(f"sample:\n{result.sample}\n")
+    print(f"loading {result.final} in a new process:", flush=True)
+    subprocess.run(
+        [sys.executable, "-c", _LOAD, str(result.final.resolve()), prompt],
+        check=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+    )
+    print(
+        f"\n{result.before.bits_per_byte:.2f} -> {result.after.bits_per_byte:.2f} bits per byte in "
+        f"{result.seconds:.0f} s of training, {result.tokens:,} tokens. Next: "
+        f"tessera generate --ckpt-path {run} --interactive"
+    )
+    return result
