@@ -1,5 +1,7 @@
 """Logits equal those of transformers' own models, on random tiny models with copied weights."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -223,14 +225,16 @@ def test_loss_and_gradient_of_the_embedding_equal(pair):
 
 def test_load_balancing_loss_equals_qwen3_moe():
     their_config, fields, _ = CASES["qwen3-moe-raw"]
+    their_config = copy.deepcopy(their_config)
+    their_config.router_aux_loss_coef = 0.1
     theirs = randomize(transformers.Qwen3MoeForCausalLM(their_config))
     config = TesseraConfig(**fields, rms_norm_eps=1e-6, router_aux_loss_coef=0.1)
     ours = load_all(TesseraForCausalLM(config), theirs.state_dict())
-    theirs.router_aux_loss_coef = 0.1
     mask = torch.ones_like(batch())
     mask[0, 30:] = 0
+    labels = batch().masked_fill(mask == 0, -100)
     outputs = [
-        model(batch(), attention_mask=mask, labels=batch(), output_router_logits=True)
+        model(batch(), attention_mask=mask, labels=labels, output_router_logits=True)
         for model in (theirs, ours)
     ]
     torch.testing.assert_close(outputs[1].aux_loss, outputs[0].aux_loss, atol=1e-5, rtol=0)
