@@ -23,15 +23,14 @@ def masked_softmax(
 ) -> torch.Tensor:
     """Probabilities in fp32 from scores [B, H, T, S] and a mask [B, 1, T, S]: bool (True is in sight) or
     additive."""
-    scores = scores.float()
     if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+        scores = softcap * torch.tanh(scores.float() / softcap)
     if attention_mask is not None:
         if attention_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
         else:
             scores = scores + attention_mask
-    return scores.softmax(-1)
+    return scores.softmax(-1, dtype=torch.float32)
 
 
 def eager_attention_forward(
@@ -268,18 +267,21 @@ class TesseraLatentAttention(_Attention):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         expand = self.kv_b_proj.weight.view(self.num_heads, self.nope_dim + self.v_dim, self.rank)
         expand_key, expand_value = expand.split([self.nope_dim, self.v_dim], dim=1)  # [H, D, R]
-        query = torch.cat([q_nope @ expand_key, q_rope], dim=-1)  # [B, H, T, R + D_rope]
-        key = torch.cat([latent, k_rope], dim=-1)  # [B, 1, S, R + D_rope]
-        new, seen = query.shape[2], key.shape[2]
+        new, seen = q_nope.shape[2], latent.shape[2]
         if attention_mask is None and new > 1:
             # No mask means plain causal order from the first position; a static cache may be longer than the
             # prompt.
-            attention_mask = torch.ones(new, seen, dtype=torch.bool, device=query.device).tril()
-        # All heads look at one key: their queries form the rows of one product.
-        scores = (query.flatten(1, 2) @ key.squeeze(1).transpose(1, 2)).unflatten(1, (-1, new)) * self.scaling
+            attention_mask = torch.ones(new, seen, dtype=torch.bool, device=latent.device).tril()
+        latent = latent.squeeze(1)  # [B, S, R]
+        # All heads look at one key: their queries form the rows of one product, [B, H T, S].
+        scores = q_rope.flatten(1, 2) @ k_rope.squeeze(1).transpose(1, 2)
+        query = (q_nope @ expand_key).flatten(1, 2)
+        scores = torch.baddbmm(
+            scores, query, latent.transpose(1, 2), beta=self.scaling, alpha=self.scaling
+        ).unflatten(1, (-1, new))
         probabilities = masked_softmax(scores, attention_mask, self.softcap).to(query.dtype)
         probabilities = F.dropout(probabilities, p=self.config.attention_dropout, training=self.training)
-        mixed = (probabilities.flatten(1, 2) @ latent.squeeze(1)).unflatten(1, (-1, new))  # [B, H, T, R]
+        mixed = (probabilities.flatten(1, 2) @ latent).unflatten(1, (-1, new))  # [B, H, T, R]
         return (mixed @ expand_value.transpose(1, 2)).transpose(1, 2), probabilities
 
 

@@ -190,5 +190,6 @@ def test_learned_positions_refuse_to_run_past_their_table():
 def test_logits_to_keep_are_the_last_ones(name):
     model = tiny_model(name)
     whole = model(prompt()).logits
-    assert torch.equal(model(prompt(), logits_to_keep=2).logits, whole[:, -2:])
-    assert torch.equal(model(prompt(), logits_to_keep=torch.tensor([0, 4])).logits, whole[:, [0, 4]])
+    for keep, expected in ((2, whole[:, -2:]), (torch.tensor([0, 4]), whole[:, [0, 4]])):
+        logits = model(prompt(), logits_to_keep=keep).logits
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
