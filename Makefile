@@ -9,6 +9,8 @@ override VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 PYTEST := $(PY) -m pytest -q $(PYTEST_ARGS)
+# The models of the tests are tiny: two processes of one thread each are faster than one of two.
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2
 
 NO_VENV := echo "make setup: $(PYTHON) cannot make a virtual environment with pip in it; install its venv module" \
     "(on Debian or Ubuntu: apt install python3-venv) and run this again" >&2; exit 1
@@ -44,13 +46,13 @@ demo: setup ## from raw text to a model that answers, in minutes on a CPU (TESSE
 	$(PY) -m tessera demo
 
 test: setup ## the tests that need nothing but a CPU (PYTEST_ARGS: further options)
-	$(PYTEST) -m "not slow and not gpu and not distributed and not shared"
+	$(PARALLEL) -m "not slow and not gpu and not distributed and not shared"
 
 test-shared: setup ## compare with the golden vectors and data in TESSERA_SHARED (../shared)
 	@[ -d "$(TESSERA_SHARED)" ] || { \
 	    echo "make test-shared: no folder '$(TESSERA_SHARED)'; name the one with the golden vectors with" \
 	         "'make test-shared TESSERA_SHARED=/path/to/shared'" >&2; exit 1; }
-	TESSERA_SHARED="$(TESSERA_SHARED)" $(PYTEST) -m "shared and not gpu and not distributed"
+	TESSERA_SHARED="$(TESSERA_SHARED)" $(PARALLEL) -m "shared and not gpu and not distributed"
 
 test-slow: setup ## the tests of a minute and more
 	$(PYTEST) -m "slow and not gpu and not distributed and not shared"

@@ -1,6 +1,7 @@
 """From what a user gives as `--config` to a configuration: a preset, a Tessera config file, or ByteGPT's own
 JSON."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from huggingface_hub.errors import StrictDataclassError
 from tessera.conversion.model_args import config_from_model_args, is_model_args
 from tessera.modeling.configuration_tessera import TesseraConfig
 from tessera.modeling.loading import first_sentence, read_json
+
+from .presets import lay_over_base
 
 
 def resolve_config(given: str, **overrides: Any) -> TesseraConfig:
@@ -23,7 +26,8 @@ def resolve_config(given: str, **overrides: Any) -> TesseraConfig:
     """
     path = Path(given)
     try:
-        if not path.exists() and path.suffix != ".json":
+        # os.path has no opinion on names that no file can have; they are no preset either.
+        if not os.path.exists(given) and path.suffix != ".json":
             return TesseraConfig.from_preset(given, **overrides)
         values = read_json(path / "config.json" if path.is_dir() else path)
         if is_model_args(values):
@@ -32,6 +36,6 @@ def resolve_config(given: str, **overrides: Any) -> TesseraConfig:
             raise ValueError(
                 f"{path} describes a model of type '{values['model_type']}', not a Tessera model"
             )
-        return TesseraConfig(**{**values, **overrides})
+        return TesseraConfig(**{**lay_over_base(values), **overrides})
     except StrictDataclassError as error:
         raise ValueError(f"--config {given}: {first_sentence(error)}") from error

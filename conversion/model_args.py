@@ -64,6 +64,9 @@ DEFAULTS = {
     "scale_fmt": None,
 }
 
+# Of the numbers, those that may have a fraction.
+_REAL_NUMBERS = {"route_scale", "rope_theta", "rope_factor", "beta_fast", "beta_slow", "mscale"}
+
 
 def is_model_args(values: dict[str, Any]) -> bool:
     """Whether a configuration file speaks in ModelArgs names rather than Tessera's."""
@@ -88,8 +91,11 @@ def config_from_model_args(args: dict[str, Any], **overrides: Any) -> TesseraCon
             close = difflib.get_close_matches(name, DEFAULTS, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ""
             raise ValueError(f"ModelArgs has no '{name}'{hint}")
+        _require_type(name, args[name])
     values = {**DEFAULTS, **args}
     fields = {field: values[name] for name, field in FIELDS.items()}
+    if values["n_dense_layers"] < 0:
+        raise ValueError(f"n_dense_layers must be at least 0, got {values['n_dense_layers']}")
     dense = min(values["n_dense_layers"], values["n_layers"])
     sparse = values["n_layers"] - dense
     if not sparse:
@@ -121,3 +127,15 @@ def config_from_model_args(args: dict[str, Any], **overrides: Any) -> TesseraCon
             **overrides,
         }
     )
+
+
+def _require_type(name: str, given: Any) -> None:
+    default = DEFAULTS[name]
+    if isinstance(default, str) or default is None:
+        expected, fits = "a string", isinstance(given, str) or (default is None and given is None)
+    elif name in _REAL_NUMBERS:
+        expected, fits = "a number", isinstance(given, int | float) and not isinstance(given, bool)
+    else:
+        expected, fits = "a whole number", type(given) is int
+    if not fits:
+        raise ValueError(f"ModelArgs: {name} must be {expected}, got {given!r}")

@@ -8,15 +8,16 @@ and the sentence that refuses a combination that cannot work.
 
 import copy
 import difflib
-import json
-import re
+import importlib
+import math
 from dataclasses import field, fields
-from importlib import resources
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
+
+from .rope_parameters import share_that_truncates_to, validate_rope_parameters
 
 # One letter a layer, tiled over the depth: `layer_types="SSSL"`, `mlp_layer_types="DS"`.
 ATTENTION_LETTERS = {"S": "sliding_attention", "L": "full_attention"}
@@ -31,7 +32,6 @@ _LIBRARY_KWARGS = {
     "num_labels",
     "output_attentions",
     "partial_rotary_factor",
-    "per_layer_config",
     "quantization_config",
     "rope_scaling",
     "rope_theta",
@@ -41,20 +41,21 @@ _LIBRARY_KWARGS = {
     "use_bfloat16",
 }
 
-# rope_type -> keys that it needs and keys that it may have, beside those in _ROPE_KEYS.
-_ROPE_TYPES = {
-    "default": (set(), set()),
-    "linear": ({"factor"}, set()),
-    "yarn": (
-        {"factor", "original_max_position_embeddings"},
-        {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
-    ),
-    "llama3": (
-        {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-        set(),
-    ),
-}
-_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_LATENT_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+# What an unset field becomes when the configuration is built, and a model cannot be built without.
+_DERIVED_FIELDS = (
+    "padded_vocab_size",
+    "num_key_value_heads",
+    "head_dim",
+    "attention_output_bias",
+    "layer_types",
+    "mlp_layer_types",
+    "rope_parameters",
+)
+
+# Sizes index tensors in kernels that count in 32 bits.
+_LARGEST_SIZE = 2**31 - 1
 
 
 @strict
@@ -208,6 +209,7 @@ class TesseraConfig(PreTrainedConfig):
     auto_map: dict = field(default_factory=dict)
 
     def __post_init__(self, **kwargs):
+        self._take_aliases(kwargs)
         self._refuse_unknown_fields(kwargs)
         self._require_sizes()
 
@@ -228,25 +230,27 @@ class TesseraConfig(PreTrainedConfig):
             self.router_aux_loss_coef = 0.0
             self.output_router_logits = False
 
-        rope_parameters = copy.deepcopy(kwargs.pop("rope_scaling", None) or self.rope_parameters)
+        self.rope_parameters = copy.deepcopy(kwargs.pop("rope_scaling", None) or self.rope_parameters or {})
+        nested = [key for key in self.rope_parameters if key in ATTENTION_LETTERS.values()]
+        if nested:
+            raise ValueError(
+                f"rope_parameters holds for all layers alike, and cannot be given by layer type ({nested[0]})"
+            )
         self._validate_heads()
         if self.attention_type == "latent":
             # The head as transformers' paged cache sees it, of which the last part is rotated.
             self.head_dim = self.qk_head_dim
-            rope_parameters = {
-                **(rope_parameters or {}),
-                "partial_rotary_factor": self.qk_rope_head_dim / self.qk_head_dim,
-            }
+            self.rope_parameters["partial_rotary_factor"] = share_that_truncates_to(
+                self.qk_rope_head_dim, self.head_dim
+            )
         elif self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        self.rope_parameters = rope_parameters
         self.ignore_keys_at_rope_validation = {"partial_rotary_factor"}
 
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
-    # ---- derived sizes
-    # ----------------------------------------------------------------------------------------------
+    # ---- derived sizes ----
 
     @property
     def qk_head_dim(self) -> int:
@@ -267,14 +271,28 @@ class TesseraConfig(PreTrainedConfig):
         interval = self.value_embedding_interval
         return interval is not None and (self.num_hidden_layers - 1 - layer_idx) % interval == 0
 
-    # ---- what cannot work
-    # -------------------------------------------------------------------------------------------
+    # ---- what cannot work ----
+
+    def _take_aliases(self, kwargs: dict[str, Any]) -> None:
+        for alias in self.attribute_map.keys() & kwargs.keys():
+            name, value = self.attribute_map[alias], kwargs.pop(alias)
+            if getattr(self, name) not in (value, type(self).__dataclass_fields__[name].default):
+                raise ValueError(
+                    f"{alias} is another name of {name}: {value} and {getattr(self, name)} differ"
+                )
+            setattr(self, name, value)
 
     def _refuse_unknown_fields(self, kwargs: dict[str, Any]) -> None:
+        model_type = kwargs.get("model_type", self.model_type)
+        if model_type != self.model_type:
+            raise ValueError(f"this configuration is of model type '{model_type}', not '{self.model_type}'")
+        for name in ("dtype", "torch_dtype"):
+            _require_dtype(name, self.dtype if name == "dtype" else kwargs.get(name))
         known = _LIBRARY_KWARGS | set(GenerationConfig._get_default_generation_params())
         names = sorted({f.name for f in fields(self)} | set(self.attribute_map))
         for name in kwargs:
-            if name in known or name.startswith("_") or hasattr(type(self), name):
+            library_property = getattr(getattr(type(self), name, None), "fset", None) is not None
+            if name in known or name.startswith("_") or library_property:
                 continue
             close = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ""
@@ -291,9 +309,9 @@ class TesseraConfig(PreTrainedConfig):
             "n_group",
             "topk_group",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            self._require(name, 1 <= getattr(self, name), "at least 1")
         for name in (
+            "padded_vocab_size",
             "num_key_value_heads",
             "head_dim",
             "sliding_window",
@@ -305,27 +323,31 @@ class TesseraConfig(PreTrainedConfig):
             "moe_intermediate_size",
             "value_embedding_interval",
         ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 or null, got {getattr(self, name)}")
-        for name in ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "router_aux_loss_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+            self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1 or null")
+        for name in ("n_routed_experts", "n_shared_experts", "num_experts_per_tok"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        for f in fields(self):
+            if type(value := getattr(self, f.name)) is int:
+                self._require(f.name, value <= _LARGEST_SIZE, f"at most {_LARGEST_SIZE}")
+        for name in ("router_aux_loss_coef", "initializer_range"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "a number of at least 0")
+        for name in ("rms_norm_eps", "qk_norm_scale", "routed_scaling_factor"):
+            self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
         for name in ("attention_dropout", "embd_pdrop", "resid_pdrop"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is a probability in [0, 1), got {getattr(self, name)}")
+            self._require(name, 0 <= getattr(self, name) < 1, "a probability in [0, 1)")
         for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive or null, got {getattr(self, name)}")
+            value = getattr(self, name)
+            self._require(name, value is None or 0 < value < math.inf, "a positive number or null")
+
+    def _require(self, name: str, fits: bool, expected: str) -> None:
+        if not fits:
+            raise ValueError(f"{name} must be {expected}, got {getattr(self, name)}")
 
     def _validate_heads(self) -> None:
         if self.attention_type == "latent":
-            missing = [
-                name
-                for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-                if getattr(self, name) is None
-            ]
+            missing = [name for name in _LATENT_SIZES if getattr(self, name) is None]
             if missing:
-                raise ValueError(f"latent attention needs {', '.join(missing)}")
+                raise ValueError(f"attention_type='latent' needs {', '.join(missing)}")
             if self.num_key_value_heads != self.num_attention_heads:
                 raise ValueError(
                     "latent attention expands one latent to all heads: num_key_value_heads "
@@ -357,10 +379,18 @@ class TesseraConfig(PreTrainedConfig):
         Raises:
             ValueError: with the fields, what was given and what would work.
         """
+        if self.is_heterogeneous:
+            raise ValueError(
+                "per_layer_config is not supported: the layers of a Tessera model have one shape"
+            )
+        self._require_sizes()
+        for name in _DERIVED_FIELDS:
+            if getattr(self, name) is None:
+                raise ValueError(f"{name} cannot be null once the configuration is built")
         self._validate_heads()
         self._validate_layers()
-        self._validate_positions()
         self._validate_attention()
+        self._validate_positions()
         self._validate_experts()
         self._validate_nanochat_tiles()
         if self.padded_vocab_size < self.vocab_size:
@@ -380,6 +410,10 @@ class TesseraConfig(PreTrainedConfig):
         kinds = {"layer_types": ATTENTION_LETTERS, "mlp_layer_types": FEED_FORWARD_LETTERS}
         for name, letters in kinds.items():
             given = getattr(self, name)
+            if isinstance(given, str):
+                raise ValueError(
+                    f"{name} must list every layer once the configuration is built, got '{given}'"
+                )
             if len(given) != self.num_hidden_layers:
                 raise ValueError(
                     f"{name} has {len(given)} entries for num_hidden_layers={self.num_hidden_layers}; to "
@@ -391,28 +425,36 @@ class TesseraConfig(PreTrainedConfig):
         slides = "sliding_attention" in self.layer_types
         if slides and self.sliding_window is None:
             raise ValueError("layer_types has sliding_attention layers, but sliding_window is not set")
+        if slides and self.sliding_window < 2:
+            # The library's cache keeps the last `window - 1` tokens, and takes 0 for all.
+            raise ValueError(f"sliding_window must be at least 2, got {self.sliding_window}")
 
     def _validate_positions(self) -> None:
         if self.position_embedding_type != "rope":
             return
-        rope_type = self.rope_parameters.get("rope_type", "default")
-        if rope_type not in _ROPE_TYPES:
-            raise ValueError(
-                f"rope_parameters: rope_type must be one of {', '.join(_ROPE_TYPES)}; got '{rope_type}'"
-            )
-        if rope_type != "default" and "factor" not in self.rope_parameters:
-            raise ValueError(f"rope_parameters: rope_type '{rope_type}' needs a factor")
+        validate_rope_parameters(self.rope_parameters)
         if self.rotary_dim < 2 or self.rotary_dim % 2:
             raise ValueError(
                 f"rotary positions turn pairs of channels: the rotated width of a head must be even, got "
                 f"{self.rotary_dim} (head_dim {self.head_dim}"
                 + (f", qk_rope_head_dim {self.qk_rope_head_dim})" if self.attention_type == "latent" else ")")
             )
+        # The library's scaling functions go by these two.
+        if int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0)) != self.rotary_dim:
+            raise ValueError(
+                f"partial_rotary_factor no longer fits qk_rope_head_dim ({self.qk_rope_head_dim}); to change "
+                "the heads of a configuration, build it anew"
+            )
 
     def _validate_attention(self) -> None:
-        latent_only = [name for name in ("kv_lora_rank", "q_lora_rank") if getattr(self, name) is not None]
+        latent_only = [name for name in (*_LATENT_SIZES, "q_lora_rank") if getattr(self, name) is not None]
         if self.attention_type == "multi_head" and latent_only:
-            raise ValueError(f"{', '.join(latent_only)} belong to attention_type='latent', which is not set")
+            raise ValueError(f"only attention_type='latent' has {', '.join(latent_only)}; got 'multi_head'")
+        if self.attention_type == "latent" and self.head_dim != self.qk_head_dim:
+            raise ValueError(
+                f"head_dim ({self.head_dim}) is not that of the latent sizes ({self.qk_head_dim}); "
+                "to change the heads of a configuration, build it anew"
+            )
         if self.attention_type == "latent" and self.qk_norm is not None:
             raise ValueError(
                 "qk_norm cannot be combined with latent attention: normed keys cannot be cached as a latent"
@@ -426,10 +468,21 @@ class TesseraConfig(PreTrainedConfig):
             raise ValueError("mlp_layer_types has sparse layers, but n_routed_experts is 0")
         if self.n_routed_experts and not sparse:
             raise ValueError("n_routed_experts is set, but mlp_layer_types has no sparse layer")
+        for name in ("n_shared_experts", "num_experts_per_tok"):
+            if getattr(self, name) and not sparse:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but mlp_layer_types has no sparse layer to use it"
+                )
         if not sparse:
             return
         if self.moe_intermediate_size is None:
             raise ValueError("sparse layers need moe_intermediate_size, the width of one expert")
+        for name in ("hidden_size", "moe_intermediate_size"):
+            # Grouped products over the experts read rows in steps of 16 bytes: eight channels in bf16.
+            if getattr(self, name) % 8:
+                raise ValueError(
+                    f"sparse layers need {name} to be a multiple of 8, got {getattr(self, name)}"
+                )
         if not 1 <= self.num_experts_per_tok <= self.n_routed_experts:
             raise ValueError(
                 f"num_experts_per_tok must lie between 1 and n_routed_experts ({self.n_routed_experts}), got "
@@ -467,8 +520,7 @@ class TesseraConfig(PreTrainedConfig):
                 f"({self.hidden_size})"
             )
 
-    # ---- presets
-    # ----------------------------------------------------------------------------------------------------
+    # ---- presets ----
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "TesseraConfig":
@@ -483,101 +535,32 @@ class TesseraConfig(PreTrainedConfig):
         Raises:
             ValueError: for an unknown preset or field, or sizes that do not fit together.
         """
-        values = read_preset(name)
+        try:
+            # By name: this file travels to the Hub, where the package may be missing.
+            presets = importlib.import_module("tessera.configs.presets")
+        except ModuleNotFoundError:
+            raise ValueError("presets come with the tessera package, which is not installed") from None
         depth = overrides.pop("depth", None)
+        values = presets.read_preset(name)
         if depth is not None:
-            values = scale_to_depth(values, depth)
+            values = presets.scale_to_depth(values, depth)
         return cls(**{**values, **overrides})
 
 
-def preset_names() -> list[str]:
-    """Names of the presets that have a file, in alphabetical order."""
-    return sorted(
-        path.name.removesuffix(".json") for path in _preset_folder().iterdir() if path.name.endswith(".json")
-    )
+def _require_dtype(name: str, given: Any) -> None:
+    if isinstance(given, str):
+        import torch
 
-
-def read_preset(name: str) -> dict[str, Any]:
-    """Reads the fields of a preset, with letters not yet expanded to layers.
-
-    A file may name another preset as `base`; a `depth` beside it applies the depth rule to that base, and
-    other fields are laid over it.
-
-    Raises:
-        ValueError: if there is no such preset.
-    """
-    path = _preset_folder() / f"{name}.json"
-    if re.fullmatch(r"[\w.-]+", name) and path.is_file():
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if "base" not in values:
-            return values
-        base = read_preset(values.pop("base"))
-        depth = values.pop("depth", None)
-        return {**(base if depth is None else scale_to_depth(base, depth)), **values}
-    by_depth = re.fullmatch(r"(.+)-d(\d+)", name)
-    if by_depth and f"{by_depth[1]}-d12" in preset_names():
-        return scale_to_depth(read_preset(f"{by_depth[1]}-d12"), int(by_depth[2]))
-    names = preset_names()
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean '{close[0]}'?" if close else ""
-    raise ValueError(f"there is no preset '{name}'{hint} (presets: {', '.join(names)})")
-
-
-def scale_to_depth(values: dict[str, Any], depth: int) -> dict[str, Any]:
-    """The depth rule: one dial that sets every size of a multi-head preset (nanochat's base_train).
-
-    Width grows with depth at the preset's own ratio (64 a layer in nanochat) and is rounded up to whole
-    heads; heads, key/value heads and feed-forward keep their ratios to the width.
-
-    Raises:
-        ValueError: if `depth` is not positive, or the preset has no heads to count or layers listed one by
-            one.
-    """
-    if not isinstance(depth, int) or depth < 1:
-        raise ValueError(f"depth must be a whole number of layers, at least 1; got {depth!r}")
-    if values.get("attention_type", "multi_head") != "multi_head":
-        raise ValueError(
-            "the depth rule is for multi-head attention; set the sizes of a latent model one by one"
-        )
-    if any(isinstance(values.get(name), list) for name in ("layer_types", "mlp_layer_types")):
-        raise ValueError("the depth rule needs layer types given as a pattern of letters, not as a list")
-    head_dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
-    groups = values["num_attention_heads"] // (
-        values.get("num_key_value_heads") or values["num_attention_heads"]
-    )
-    heads = -(-depth * values["hidden_size"] // (values["num_hidden_layers"] * head_dim))
-    if heads % groups:
-        raise ValueError(
-            f"depth {depth} gives {heads} heads, which do not share key/value heads in groups of {groups}"
-        )
-    width = heads * head_dim
-    scaled = {
-        **values,
-        "num_hidden_layers": depth,
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads // groups,
-    }
-    for name in ("intermediate_size", "moe_intermediate_size"):
-        if values.get(name) is not None:
-            scaled[name] = values[name] * width // values["hidden_size"]
-    return scaled
-
-
-def _preset_folder():
-    try:
-        return resources.files("tessera.configs") / "models"
-    except ModuleNotFoundError:
-        raise ValueError("presets come with the tessera package, which is not installed here") from None
+        if not isinstance(getattr(torch, given, None), torch.dtype):
+            raise ValueError(f"{name} must name a dtype of torch such as 'bfloat16', got '{given}'")
 
 
 def _expand_pattern(
     name: str, given: list[str] | str | None, letters: dict[str, str], depth: int, last: str | None = None
 ) -> list[str]:
     """Spells a pattern of letters out over the layers; a list stays as it is."""
-    default, *_ = ("full_attention",) if last else ("dense",)
     if given is None:
-        return [default] * depth
+        return ["full_attention" if last else "dense"] * depth
     if not isinstance(given, str):
         return list(given)
     if not given or set(given) - set(letters):

@@ -5,6 +5,7 @@ an error. This file is for the package's own tools and does not travel to the Hu
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -35,6 +36,9 @@ def load_model(
         raise ValueError(f"there is no checkpoint directory {path}")
     if not any(path.glob("model*.safetensors")):
         raise ValueError(f"{path} has no model.safetensors")
+    index = path / "model.safetensors.index.json"
+    if index.is_file() and not isinstance(read_json(index).get("weight_map"), dict):
+        raise ValueError(f"{index} has no weight_map, which says where each tensor is")
     if config is None:
         config = read_config(path / "config.json")
     try:
@@ -53,6 +57,9 @@ def load_model(
             names = sorted(names)
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             problems.append(f"{len(names)} {kind} ({', '.join(names[:3])}{more})")
+    if config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
+        # The library keeps two that differ apart, and the next to load the saved model has only one of them.
+        problems.append("lm_head.weight differs from the embedding that tie_word_embeddings makes it")
     if problems:
         raise ValueError(f"{path} does not fit the model: {'; '.join(problems)}")
     return model
@@ -71,6 +78,8 @@ def read_config(path: str | Path) -> TesseraConfig:
         return TesseraConfig.from_dict(values)
     except StrictDataclassError as error:
         raise ValueError(f"{path}: {first_sentence(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_json(path: str | Path) -> dict:
@@ -94,4 +103,6 @@ def read_json(path: str | Path) -> dict:
 def first_sentence(error: Exception) -> str:
     """The message of a validation error without the lines that say which validator it was."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].removeprefix("TypeError: ").removeprefix("ValueError: ")
+    # A field of several types lists what each of them said.
+    sentence = lines[-1].removeprefix("TypeError: ").removeprefix("ValueError: ").partition(". Errors: ")[0]
+    return re.sub(r"<class '(\w+)'>", r"\1", sentence)

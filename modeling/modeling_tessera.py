@@ -270,9 +270,9 @@ class TesseraModel(TesseraPreTrainedModel):
         return {kind: _MASKS[kind](**arguments) for kind in set(self.config.layer_types)}
 
     def _learned_positions(self, positions: torch.Tensor) -> torch.Tensor:
-        # A look at the values would wait for the GPU at every step, and out of range fails loudly there as
-        # well.
-        if positions.device.type == "cpu" and positions.max() >= self.config.max_position_embeddings:
+        # On a GPU a look at the values would wait for it at every step; there, out of range fails by itself.
+        look = positions.device.type == "cpu" and not torch.compiler.is_compiling()
+        if look and positions.max() >= self.config.max_position_embeddings:
             rows = self.config.max_position_embeddings
             raise ValueError(f"position {int(positions.max())} is past the {rows} learned positions")
         return self.embed_positions(positions)
@@ -326,6 +326,7 @@ class TesseraForCausalLM(TesseraPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

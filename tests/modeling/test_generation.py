@@ -193,3 +193,12 @@ def test_logits_to_keep_are_the_last_ones(name):
     for keep, expected in ((2, whole[:, -2:]), (torch.tensor([0, 4]), whole[:, [0, 4]])):
         logits = model(prompt(), logits_to_keep=keep).logits
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_tuples_instead_of_outputs_where_asked_for():
+    model = tiny_model("llama-tiny")
+    expected = model(prompt()).logits
+    assert torch.equal(model(prompt(), return_dict=False)[0], expected)
+    model.config.return_dict = False
+    assert torch.equal(model(prompt())[0], expected)
