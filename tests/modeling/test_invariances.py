@@ -156,7 +156,7 @@ def test_gradient_checkpointing_changes_nothing(name):
     for checkpointing in (False, True):
         model = tiny_model(name, **({"router_aux_loss_coef": 0.1} if name in SPARSE else {})).train()
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
             assert all(layer.gradient_checkpointing for layer in model.model.layers)
         out = model(tokens(), labels=tokens())
         out.loss.backward()
