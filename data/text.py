@@ -46,21 +46,22 @@ def split_documents(documents: list[bytes], fraction: float = 0.1) -> tuple[list
     """Splits text into training and validation.
 
     Many documents are split whole, by a hash of their content, so that one document more does not move the
-    others. Few are taken as one text, whose end is held out.
+    others. Few are taken as one text, whose end is held out; so are those that the hashes leave on one side.
 
     Args:
         documents: the texts.
         fraction: share of the bytes (of few) or of the documents (of many) to hold out.
     """
-    if len(documents) < MANY_DOCUMENTS:
-        text = b"\n".join(documents)
-        cut = len(text) - int(len(text) * fraction)
-        return [text[:cut]], [text[cut:]]
-    parts: tuple[list[bytes], list[bytes]] = ([], [])
-    for document in documents:
-        draw = int.from_bytes(hashlib.sha256(document).digest()[:8], "little") / 2**64
-        parts[draw < fraction].append(document)
-    return parts
+    if len(documents) >= MANY_DOCUMENTS:
+        parts: tuple[list[bytes], list[bytes]] = ([], [])
+        for document in documents:
+            draw = int.from_bytes(hashlib.sha256(document).digest()[:8], "little") / 2**64
+            parts[draw < fraction].append(document)
+        if all(parts):
+            return parts
+    text = b"\n".join(documents)
+    cut = len(text) - int(len(text) * fraction)
+    return [text[:cut]], [text[cut:]]
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def text_loss(
         num_bytes: bytes of text that the ids stand for.
         length: positions in a window.
         batch_size: windows at a time.
-        accelerator: of the run, for its device and precision.
+        accelerator: of the run, for its precision and its other processes.
 
     Raises:
         ValueError: if there are fewer than two tokens.
@@ -55,6 +55,9 @@ def text_loss(
     if len(ids) < 2:
         raise ValueError(f"a loss needs two tokens or more, got {len(ids)}")
     accelerator = accelerator or Accelerator()
+    # Without the wrapper: where a model has buffers, its forward waits for processes that have fewer batches.
+    model = accelerator.unwrap_model(model)
+    device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     whole = (len(ids) - 1) // length
@@ -64,7 +67,7 @@ def text_loss(
         batches.append([ids[whole * length :]])
     total = torch.zeros((), dtype=torch.float64, device="cpu")
     for batch in batches[accelerator.process_index :: accelerator.num_processes]:
-        tokens = torch.from_numpy(np.stack(batch).astype(np.int64)).to(accelerator.device)
+        tokens = torch.from_numpy(np.stack(batch).astype(np.int64)).to(device)
         with accelerator.autocast():
             logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
         loss = nn.functional.cross_entropy(
@@ -73,6 +76,6 @@ def text_loss(
         total += loss.double().cpu()
     model.train(was_training)
     # Summed in fp32 where a device knows no doubles; the sum of a few processes loses nothing that shows.
-    total = accelerator.reduce(total.float().to(accelerator.device), "sum").item()
+    total = accelerator.reduce(total.float().to(device), "sum").item()
     count = len(ids) - 1
     return TextLoss(total / count, count, num_bytes * count / len(ids))

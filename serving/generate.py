@@ -3,19 +3,20 @@
 What belongs here: from strings to strings, over transformers' `generate`.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, TextStreamer
+from transformers import AutoTokenizer, GenerationConfig, TextStreamer
 
 from tessera.configs.resolve import resolve_config
 from tessera.modeling.loading import load_model
 from tessera.modeling.modeling_tessera import TesseraForCausalLM
 from tessera.tokenization import build_byte_tokenizer
-from tessera.training.checkpoints import list_checkpoints
+from tessera.tokenization.byte_tokenizer import BYTE_VOCAB_SIZE
+from tessera.training.checkpoints import find_checkpoint
 
 
 @dataclass
@@ -36,8 +37,12 @@ class Sampling:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
     def arguments(self) -> dict:
         """As `generate` takes them."""
@@ -53,40 +58,42 @@ class Sampling:
         }
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """The model directory that a path means: itself, or the end or newest checkpoint of a run.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"there is no checkpoint {path}")
-    candidates = [path, path / "final", *reversed(list_checkpoints(path / "checkpoints"))]
-    for candidate in candidates:
-        if candidate.is_dir() and any(candidate.glob("model*.safetensors")):
-            return candidate
-    raise ValueError(f"{path} holds no model.safetensors, neither itself nor in final/ or checkpoints/")
-
-
 def load(ckpt_path: str, config: str | None = None, device: str | None = None):
-    """Loads a model and its tokenizer; bytes where the directory has no tokenizer of its own.
+    """Loads a model and its tokenizer; bytes for a vocabulary of 256 that has no tokenizer beside it.
+
+    Args:
+        ckpt_path: model directory, or a run's.
+        config: preset or file, instead of the directory's own.
+        device: name as torch has it; default: the fastest.
+
+    Returns:
+        The model in eval mode, and the tokenizer.
 
     Raises:
         ValueError: if either cannot be loaded or they do not fit each other.
     """
     folder = find_checkpoint(ckpt_path)
-    model = load_model(folder, config=None if config is None else resolve_config(config))
+    given = {}
+    if config is not None:
+        given["config"] = resolve_config(config)
+        if not (folder / "generation_config.json").is_file():  # nor, maybe, anything else but the weights
+            given["generation_config"] = GenerationConfig.from_model_config(given["config"])
+    model = load_model(folder, **given)
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    else:
+    elif model.config.vocab_size == BYTE_VOCAB_SIZE:
         tokenizer = build_byte_tokenizer()
+    else:
+        raise ValueError(f"{folder} has no tokenizer, and {model.config.vocab_size} tokens are not bytes")
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model's vocabulary only "
             f"{model.config.vocab_size}"
         )
-    return model.to(device or pick_device()).eval(), tokenizer
+    try:
+        return model.to(device or pick_device()).eval(), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device}: {str(error).splitlines()[0]}") from error
 
 
 def pick_device() -> str:
@@ -161,10 +168,15 @@ def converse(
         room = model.config.max_position_embeddings - sampling.max_new_tokens
         ids = tokenizer(history)["input_ids"]
         if len(ids) > room > 0:
-            history = tokenizer.decode(ids[-room:], skip_special_tokens=True)
+            # A quarter less than fits: ids may grow when the text is read again. A character that is cut
+            # in two would.
+            kept = ids[-max(room * 3 // 4, 1) :]
+            history = tokenizer.decode(kept, skip_special_tokens=True).lstrip("\ufffd")
         try:
             streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
             history += complete(model, tokenizer, [history], sampling, streamer)[0]
+        except KeyboardInterrupt:
+            print()
         except ValueError as error:
             history = ""
             print(f"error: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ needs when it runs, so that `tessera --help` does not wait for torch. A user's m
 and exit code 2.
 """
 
+import os
 import sys
 from typing import Annotated
 
@@ -77,13 +78,18 @@ def pretrain(
 ) -> None:
     """Train a model on text; writes a run directory with a complete Hugging Face model in final/."""
     given = {key: value for key, value in locals().items() if key != "resume"}
+    _silence_transformers()
+    from accelerate import PartialState
+
     from tessera.training.pretrain import PretrainArguments
     from tessera.training.pretrain import pretrain as train
 
     result = train(PretrainArguments(**given), resume=resume)
-    if result.sample:
-        typer.echo(f"sample:\n{result.sample}")
-    typer.echo(f"model: {result.final}")
+    # Of several processes, one says it.
+    if PartialState().is_main_process:
+        if result.sample:
+            typer.echo(f"sample:\n{result.sample}")
+        typer.echo(f"model: {result.final}")
 
 
 @app.command()
@@ -113,6 +119,7 @@ def generate(
 
     from tessera.serving import generate as serving
 
+    _silence_transformers()
     prompts = list(prompt or [])
     if input_file is not None:
         if not Path(input_file).is_file():
@@ -138,8 +145,9 @@ def generate(
 @app.command()
 def presets() -> None:
     """List the presets and what they cost."""
+    from tessera.configs.presets import preset_names
     from tessera.modeling.accounting import count_costs
-    from tessera.modeling.configuration_tessera import TesseraConfig, preset_names
+    from tessera.modeling.configuration_tessera import TesseraConfig
 
     columns = ("preset", "parameters", "active", "embedding", "FLOPs/token", "cache B/token", "context")
     rows = [columns]
@@ -173,7 +181,16 @@ def demo(
     """Train a small model from nothing, show its curve and text, and load it in a new process."""
     from tessera.training.demo import run_demo
 
+    _silence_transformers()
     run_demo(minutes, data, save_path)
+
+
+def _silence_transformers() -> None:
+    """No bars for files that are written at once, and no report beside the sentence that says the same."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _short(number: int) -> str:
@@ -187,9 +204,11 @@ def run(arguments: list[str]) -> None:
     """Runs one command line and exits: 0, or 2 with a sentence for a user's mistake."""
     try:
         app(arguments, prog_name="tessera")
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         message = " ".join(str(error).split())
-        typer.echo(f"tessera: error: {message}", err=True)
+        rank = os.environ.get("RANK", "0")
+        place = "" if rank == "0" else f" in process {rank}"
+        typer.echo(f"tessera: error{place}: {message}", err=True)
         sys.exit(2)
 
 

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 MANIFEST = "manifest.json"
 
@@ -27,9 +28,13 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: dict,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     keep: int = 2,
 ) -> Path:
-    """Writes the checkpoint of a step and removes those before the last `keep`. All processes call it.
+    """Writes the checkpoint of a step and keeps it and those just before it. All processes call it.
+
+    Later ones are removed too: a run is at an earlier step than its newest checkpoint only where that one was
+    found to be broken.
 
     Args:
         folder: `checkpoints/` of the run.
@@ -38,6 +43,7 @@ def save_checkpoint(
         model: wrapped or not.
         optimizer: the one inside accelerate's wrapper; state tensors are named after the parameters.
         state: what else a resumed run needs, as JSON.
+        tokenizer: saved beside the model, so that the directory is complete.
         keep: checkpoints that stay.
 
     Returns:
@@ -47,23 +53,26 @@ def save_checkpoint(
     aside = folder / f".{final.name}.partial"
     model = accelerator.unwrap_model(model)
     if accelerator.is_main_process:
-        shutil.rmtree(aside, ignore_errors=True)
+        for left in folder.glob(".step-*"):  # by a run that was killed while it wrote
+            shutil.rmtree(left)
         aside.mkdir(parents=True)
     accelerator.wait_for_everyone()
     save_file(_random_state(), aside / f"random-{accelerator.process_index}.safetensors")
     if accelerator.is_main_process:
         model.save_pretrained(aside)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(aside)
         save_file(_named_state(model, optimizer), aside / "optimizer.safetensors")
-        (aside / "state.json").write_text(json.dumps({"step": step, **state}, indent=2) + "\n")
+        _write_json(aside / "state.json", {"step": step, **state})
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        hashes = {file.name: _sha256(file) for file in sorted(aside.iterdir())}
-        (aside / MANIFEST).write_text(json.dumps(hashes, indent=2) + "\n")
+        _write_json(aside / MANIFEST, {file.name: _sha256(file) for file in sorted(aside.iterdir())})
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(folder / f".{final.name}.old")
         aside.rename(final)
-        for old in list_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+        done = [path for path in list_checkpoints(folder) if _step_of(path) <= step]
+        for path in {*list_checkpoints(folder), *folder.glob(".step-*")} - {*done[-keep:]}:
+            shutil.rmtree(path)
     accelerator.wait_for_everyone()
     return final
 
@@ -72,7 +81,27 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a run, oldest first; what was left half-written is not among them."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name))
+    return sorted((path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name)), key=_step_of)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The model directory that a path means: itself, or the end or newest good checkpoint of a run. The
+    weights that `--save-path <name>.safetensors` wrote mean the run beside them.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".safetensors" and path.with_suffix("").is_dir():
+        path = path.with_suffix("")
+    if not path.exists():
+        raise ValueError(f"there is no checkpoint {path}")
+    for candidate in (path, path / "final"):
+        if any(candidate.glob("model*.safetensors")):
+            return candidate
+    if newest := newest_verified(path / "checkpoints")[0]:
+        return newest
+    raise ValueError(f"{path} holds no model.safetensors, neither itself nor in final/ or checkpoints/")
 
 
 def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
@@ -90,7 +119,7 @@ def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        hashes = json.loads((path / MANIFEST).read_text())
+        hashes = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return f"no readable {MANIFEST}"
     for name, expected in hashes.items():
@@ -122,7 +151,7 @@ def load_checkpoint(
     random = path / f"random-{accelerator.process_index}.safetensors"
     if random.is_file():
         _restore_random(load_file(random))
-    return json.loads((path / "state.json").read_text())
+    return json.loads((path / "state.json").read_text(encoding="utf-8"))
 
 
 def _named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -157,6 +186,14 @@ def _restore_random(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _write_json(file: Path, values: dict) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _sha256(file: Path) -> str:

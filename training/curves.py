@@ -6,8 +6,15 @@ from pathlib import Path
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a `metrics.jsonl`, oldest first."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    """The records of a `metrics.jsonl`, oldest first; a line that a killed run left unfinished is passed
+    over."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
 
 
 def draw_curve(records: list[dict], path: Path, title: str) -> bool:

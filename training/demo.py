@@ -11,7 +11,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from .pretrain import PretrainArguments, PretrainResult, pretrain
+from .pretrain import PretrainArguments, PretrainResult, Run
 
 PRESET = "bytes-demo"
 DEMO_MARK = ".tessera-demo"
@@ -20,6 +20,8 @@ DEMO_MARK = ".tessera-demo"
 _LOAD = """
 import sys, tessera
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+logging.disable_progress_bar()
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 inputs = tokenizer(sys.argv[2], return_tensors="pt")
@@ -59,38 +61,38 @@ def run_demo(minutes: float = 2.5, data: str | None = None, save_path: str = "ru
     folder = Path(save_path)
     if folder.exists() and any(folder.iterdir()) and not (folder / DEMO_MARK).exists():
         raise ValueError(f"{folder} holds something other than a demo; choose another --save-path")
-    run = folder / "run"
-    shutil.rmtree(run, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / DEMO_MARK).touch()
-    if data is None:
-        print("text: this Python's standard library")
-        shutil.rmtree(folder / "text", ignore_errors=True)
-        data, prompt = str(standard_library_text(folder / "text")), "def "
-    else:
-        print(f"text: {data}")
-        prompt = "\n"
-    result = pretrain(
-        PretrainArguments(
-            config=PRESET,
-            data_file=data,
-            save_path=str(run),
-            minutes=minutes,
-            batch_size=4,
-            sequence_length=256,
-            sample_prompt=prompt,
-        )
+    args = PretrainArguments(
+        config=PRESET,
+        data_file=data or str(folder / "text"),
+        save_path=str(folder / "run"),
+        minutes=minutes,
+        batch_size=4,
+        sequence_length=256,
+        sample_prompt="\n" if data else "def ",
     )
+    print(f"text: {data or 'the standard library of this Python'}")
+    if data is None:
+        _claim(folder)
+        shutil.rmtree(folder / "text", ignore_errors=True)
+        standard_library_text(folder / "text")
+    run = Run(args, replace=True)
+    _claim(folder)
+    result = run.run()
     print(f"sample:\n{result.sample}\n")
     print(f"loading {result.final} in a new process:", flush=True)
     subprocess.run(
-        [sys.executable, "-c", _LOAD, str(result.final.resolve()), prompt],
+        [sys.executable, "-c", _LOAD, str(result.final.resolve()), args.sample_prompt],
         check=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
     )
     print(
         f"\n{result.before.bits_per_byte:.2f} -> {result.after.bits_per_byte:.2f} bits per byte in "
         f"{result.seconds:.0f} s of training, {result.tokens:,} tokens. Next: "
-        f"tessera generate --ckpt-path {run} --interactive"
+        f"tessera generate --ckpt-path {result.folder} --interactive"
     )
     return result
+
+
+def _claim(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / DEMO_MARK).touch()

@@ -13,13 +13,17 @@ What belongs here: the loop and what it is told. Optimizers, schedules, checkpoi
 own files.
 """
 
+import hashlib
 import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,8 +31,9 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import broadcast, parse_flag_from_env, set_seed
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from tessera.configs.resolve import resolve_config
 from tessera.data.text import Tokens, Windows, read_documents, split_documents
@@ -38,10 +43,12 @@ from tessera.modeling.loading import load_model
 from tessera.modeling.modeling_tessera import TesseraForCausalLM
 from tessera.tokenization import build_byte_tokenizer
 
-from .checkpoints import load_checkpoint, newest_verified, save_checkpoint
+from .checkpoints import find_checkpoint, load_checkpoint, newest_verified, save_checkpoint
 from .curves import draw_curve, read_metrics
 from .optimizers import build_optimizer
 from .schedules import cosine_with_warmup
+
+SECONDS_BETWEEN_LINES = 10.0  # where there is no progress bar
 
 
 @dataclass
@@ -52,7 +59,8 @@ class PretrainArguments:
         config: preset, Tessera config file, or ByteGPT's own JSON.
         data_file: text file or folder of text files.
         save_path: run directory; a name ending in `.safetensors` also gets the final weights as that file.
-        ckpt_path: directory of weights to start from; ignored, with a word, if nothing is there yet.
+        ckpt_path: directory of weights or of a run to start from; passed over, with a word, if nothing is
+            there yet.
         tokenizer: directory or Hub name; bytes if not given.
         epochs, steps, minutes: length of the run; the first that is reached ends it. Default: one epoch.
         batch_size: windows in an optimizer step, over all processes.
@@ -100,6 +108,12 @@ class PretrainArguments:
         for name in ("epochs", "steps", "minutes", "sequence_length", "learning_rate"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("weight_decay", "clip", "evaluations", "checkpoint_minutes", "sample_tokens", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("warmup", "floor"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
         if self.epochs is None and self.steps is None and self.minutes is None:
             self.epochs = 1
 
@@ -127,8 +141,10 @@ def pretrain(args: PretrainArguments, resume: bool = False) -> PretrainResult:
     Raises:
         ValueError: for what cannot work: in the arguments, configuration, text, tokenizer or checkpoint.
             Nothing that was there is touched then.
+        FloatingPointError: if the loss is no longer a number.
+        KeyboardInterrupt: after Ctrl-C, once the step is done and a checkpoint is written.
     """
-    return _Run(args, resume).run()
+    return Run(args, resume).run()
 
 
 def load_tokenizer(given: str | None, config: TesseraConfig):
@@ -147,8 +163,11 @@ def load_tokenizer(given: str | None, config: TesseraConfig):
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(given)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer {given} cannot be loaded: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # tokenizers raises nothing narrower for a broken file
+        reason = str(error).splitlines()[0]
+        if Path(given).is_dir():
+            reason = "that directory holds no tokenizer that transformers can read"
+        raise ValueError(f"tokenizer {given} cannot be loaded: {reason}") from error
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"tokenizer {given} has {len(tokenizer)} tokens, the model's vocabulary only {config.vocab_size}"
@@ -169,11 +188,24 @@ def encode(tokenizer, documents: list[bytes]) -> Tokens:
     return Tokens(np.asarray(ids, dtype=np.uint32), num_bytes)
 
 
-class _Run:
-    def __init__(self, args: PretrainArguments, resume: bool):
-        self.args, self.resume = args, resume
-        precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
-        self.accelerator = Accelerator(mixed_precision=precision)
+class Run:
+    """A run that is ready to start. Making one checks all that it is told and writes nothing.
+
+    Args:
+        args: the run.
+        resume: go on from the newest checkpoint of `save_path` that verifies.
+        replace: what lies in `save_path` goes when the run starts.
+
+    Raises:
+        ValueError: as `pretrain`.
+    """
+
+    def __init__(self, args: PretrainArguments, resume: bool = False, replace: bool = False):
+        self.args, self.resume, self.replace = args, resume, replace
+        # Said aloud, because accelerate takes processes on a CPU for so many runs of one process otherwise.
+        cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+        bf16 = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no")
         set_seed(args.seed)
         self.weights_file = Path(args.save_path) if args.save_path.endswith(".safetensors") else None
         self.folder = self.weights_file.with_suffix("") if self.weights_file else Path(args.save_path)
@@ -193,6 +225,7 @@ class _Run:
         if len(self.val.ids) < 2:
             raise ValueError(f"{args.data_file} is too short: its last tenth is for validation")
         self.windows = Windows(self.train.ids, self.length, args.seed)
+        self.prompt = self._encode_prompt(config)
         self._plan()
         self.model = self._make_model(config)
         self.optimizer = build_optimizer(self.model, args.optimizer, args.learning_rate, args.weight_decay)
@@ -201,14 +234,29 @@ class _Run:
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.wrapped, self.wrapped_optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.step, self.seconds = 0, 0.0
+        # From here on chance is dropout's, which is not to be the same on all processes.
+        set_seed(args.seed, device_specific=True)
 
     def _check_folder(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"--save-path {self.folder} is a file")
-        if not self.resume and self.folder.is_dir() and any(self.folder.iterdir()):
+        if self.resume or self.replace:
+            return
+        if self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(
                 f"{self.folder} already holds files; resume that run, or choose another --save-path"
             )
+        if self.weights_file and self.weights_file.exists():
+            raise ValueError(f"{self.weights_file} is there already; choose another --save-path")
+
+    def _encode_prompt(self, config: TesseraConfig) -> torch.Tensor:
+        prompt = self.tokenizer(self.args.sample_prompt, return_tensors="pt")["input_ids"].long()
+        if prompt.shape[1] >= config.max_position_embeddings:
+            raise ValueError(
+                f"sample_prompt has {prompt.shape[1]} tokens and leaves no room in the model's context of "
+                f"{config.max_position_embeddings}"
+            )
+        return prompt
 
     def _plan(self) -> None:
         """Rows a process takes at a time, and the number of steps (None: until the minutes are over)."""
@@ -228,18 +276,24 @@ class _Run:
         self.total_steps = min(limits) if limits else None
 
     def _make_model(self, config: TesseraConfig) -> TesseraForCausalLM:
-        path = self.args.ckpt_path
-        if path is not None:
-            if Path(path).is_dir() and any(Path(path).iterdir()):
-                return load_model(path, config=config, dtype=torch.float32)
-            self.say(f"no checkpoint in {path} yet: starting from random weights")
-        return TesseraForCausalLM(config)
+        path = self.args.ckpt_path and Path(self.args.ckpt_path)
+        if path and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
+            # The directory may hold weights and nothing else.
+            generation = GenerationConfig.from_model_config(config)
+            path = find_checkpoint(path)
+            model = load_model(path, config, dtype=torch.float32, generation_config=generation)
+        else:
+            if path:
+                self.say(f"no checkpoint in {path} yet: starting from random weights")
+            model = TesseraForCausalLM(config)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(model.generation_config, name, getattr(self.tokenizer, name))
+        return model
 
     def say(self, text: str) -> None:
         self.accelerator.print(text)
 
-    # ---- the run
-    # ----------------------------------------------------------------------------------------------------
+    # ---- the run ----
 
     def run(self) -> PretrainResult:
         self._start()
@@ -268,13 +322,18 @@ class _Run:
                 raise ValueError(f"{self.folder} has no checkpoint to resume from")
             state = load_checkpoint(newest, self.accelerator, self.wrapped, self.optimizer)
             if state["rows"] != self._rows_identity():
-                raise ValueError(f"{newest} was trained on other data or with another batch, window or seed")
+                raise ValueError(
+                    f"{newest} was trained on other data, or with another batch, window, seed or optimizer"
+                )
             self.step, self.seconds = state["step"], state["seconds"]
             self.say(f"resuming from {newest}")
         if self.accelerator.is_main_process:
+            if self.replace:
+                shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
             self.model.config.save_pretrained(self.folder)
-            (self.folder / "recipe.yaml").write_text(yaml.safe_dump(asdict(self.args), sort_keys=False))
+            recipe = yaml.safe_dump(asdict(self.args), sort_keys=False, allow_unicode=True)
+            (self.folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
             if self.resume:
                 self._trim_metrics()
         self.accelerator.wait_for_everyone()
@@ -289,11 +348,12 @@ class _Run:
         )
 
     def _train(self) -> None:
-        args = self.args
+        args, is_main = self.args, self.accelerator.is_main_process
         bar = tqdm(
             total=1000,
             initial=int(1000 * self._progress()),
-            disable=not self.accelerator.is_main_process,
+            # None: no bar where nobody sees it move; there, a line now and then.
+            disable=None if is_main else True,
             bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
             desc="training",
             file=sys.stderr,
@@ -301,42 +361,63 @@ class _Run:
         )
         next_eval = 1 + int(self._progress() * (args.evaluations + 1))
         last_checkpoint, average, logged = self.seconds, None, self.step
+        last_line = time.perf_counter()
         self.wrapped.train()
-        while (progress := self._progress()) < 1:
-            started = time.perf_counter()
-            loss, norm = self._optimizer_step(progress)
-            self.step += 1
-            self.seconds += time.perf_counter() - started
-            average = loss if average is None else 0.95 * average + 0.05 * loss
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at step {self.step}; lower the learning rate")
-            if self.step - logged >= 10 or self.step == 1:
-                logged = self.step
-                self._record(loss=average, grad_norm=norm)
-            progress = self._progress()
-            rate = self.tokens / max(self.seconds, 1e-9)
-            bar.set_postfix_str(f" loss {average:.3f}, {rate:,.0f} tok/s, step {self.step}", refresh=False)
-            bar.update(int(1000 * min(progress, 1)) - bar.n)
-            if progress < 1 and progress * (args.evaluations + 1) >= next_eval:
-                next_eval += 1
-                held_out = self._evaluate(whole=False)
-                self._record(val_loss=held_out.nats, val_bits_per_byte=held_out.bits_per_byte)
-                bar.write(f"{100 * progress:3.0f} %  {_describe(held_out)}", file=sys.stderr)
-            if args.checkpoint_minutes and self.seconds - last_checkpoint >= 60 * args.checkpoint_minutes:
-                last_checkpoint = self.seconds
-                self._checkpoint()
-        bar.close()
+        with bar, _first_interrupt() as interrupted:
+            while (progress := self._progress()) < 1:
+                started = time.perf_counter()
+                loss, norm = self._optimizer_step(progress)
+                self.step += 1
+                self.seconds += time.perf_counter() - started
+                stop = self._agree(interrupted)
+                average = loss if average is None else 0.95 * average + 0.05 * loss
+                if not math.isfinite(loss):
+                    raise FloatingPointError(
+                        f"the loss is {loss} at step {self.step}; lower the learning rate"
+                    )
+                if self.step - logged >= 10 or self.step == 1:
+                    logged = self.step
+                    self._record(loss=average, grad_norm=norm)
+                progress = self._progress()
+                rate = self.tokens / max(self.seconds, 1e-9)
+                status = f"loss {average:.3f}, {rate:,.0f} tok/s, step {self.step}"
+                bar.set_postfix_str(f" {status}", refresh=False)
+                bar.update(int(1000 * min(progress, 1)) - bar.n)
+                if bar.disable and is_main and time.perf_counter() - last_line >= SECONDS_BETWEEN_LINES:
+                    last_line = time.perf_counter()
+                    print(f"{100 * progress:3.0f} %  {status}", file=sys.stderr, flush=True)
+                if stop:
+                    self._checkpoint()
+                    self.say(f"stopped at step {self.step}; its checkpoint is saved, go on with --resume")
+                    raise KeyboardInterrupt
+                if progress < 1 and progress * (args.evaluations + 1) >= next_eval:
+                    next_eval += 1
+                    held_out = self._evaluate(whole=False)
+                    self._record(val_loss=held_out.nats, val_bits_per_byte=held_out.bits_per_byte)
+                    if is_main:
+                        bar.write(f"{100 * progress:3.0f} %  {_describe(held_out)}", file=sys.stderr)
+                if args.checkpoint_minutes and self.seconds - last_checkpoint >= 60 * args.checkpoint_minutes:
+                    last_checkpoint = self.seconds
+                    self._checkpoint()
 
     def _progress(self) -> float:
         shares = [self.step / self.total_steps] if self.total_steps else []
         if self.args.minutes is not None:
             shares.append(self.seconds / (60 * self.args.minutes))
-        progress = max(shares)
-        if self.args.minutes is not None and self.accelerator.num_processes > 1:
-            # Clocks differ, and all processes must stop at the same step.
-            shared = torch.tensor(progress, device=self.accelerator.device)
-            progress = broadcast(shared).item()
-        return progress
+        return max(shares)
+
+    def _agree(self, interrupted: threading.Event) -> bool:
+        """Gives all processes the clock of the first, so that they checkpoint and end at the same step.
+
+        Returns:
+            Whether to stop.
+        """
+        if self.accelerator.num_processes == 1:
+            return interrupted.is_set()
+        shared = [self.seconds, float(interrupted.is_set())]
+        shared = torch.tensor(shared, dtype=torch.float64, device=self.accelerator.device)
+        self.seconds, stop = broadcast(shared).tolist()
+        return bool(stop)
 
     def _optimizer_step(self, progress: float) -> tuple[float, float]:
         args, accelerator = self.args, self.accelerator
@@ -372,15 +453,14 @@ class _Run:
         num_bytes = self.val.num_bytes * len(ids) / len(self.val.ids)
         return text_loss(self.wrapped, ids, num_bytes, self.length, accelerator=self.accelerator)
 
-    # ---- what it writes
-    # ---------------------------------------------------------------------------------------------
+    # ---- what it writes ----
 
     def _record(self, **values: float) -> None:
         if not self.accelerator.is_main_process:
             return
         record = {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
         record.update({key: round(float(value), 6) for key, value in values.items() if not math.isnan(value)})
-        with (self.folder / "metrics.jsonl").open("a") as file:
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def _trim_metrics(self) -> None:
@@ -388,37 +468,40 @@ class _Run:
         path = self.folder / "metrics.jsonl"
         if path.is_file():
             kept = [record for record in read_metrics(path) if record["step"] <= self.step]
-            path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
     def _rows_identity(self) -> dict:
-        """What fixes which row a step sees."""
+        """What fixes which row a step sees, and the optimizer that its state is of."""
         args = self.args
         return {
             "tokens": len(self.train.ids),
+            "sha256": hashlib.sha256(np.ascontiguousarray(self.train.ids)).hexdigest(),
             "batch_size": args.batch_size,
             "sequence_length": self.length,
             "seed": args.seed,
+            "optimizer": args.optimizer,
         }
 
     def _checkpoint(self) -> None:
         state = {"seconds": self.seconds, "tokens": self.tokens, "rows": self._rows_identity()}
+        folder = self.folder / "checkpoints"
         save_checkpoint(
-            self.folder / "checkpoints", self.step, self.accelerator, self.wrapped, self.optimizer, state
+            folder, self.step, self.accelerator, self.wrapped, self.optimizer, state, self.tokenizer
         )
 
     @torch.no_grad()
     def _sample(self) -> str:
-        if not self.accelerator.is_main_process or not self.args.sample_tokens:
+        prompt = self.prompt.to(self.accelerator.device)
+        # Some tokenizers make nothing of a line break.
+        if not self.accelerator.is_main_process or not self.args.sample_tokens or not prompt.shape[1]:
             return ""
         self.model.eval()
-        prompt = self.tokenizer(self.args.sample_prompt, return_tensors="pt")["input_ids"]
-        prompt = prompt.to(self.accelerator.device)
         room = self.model.config.max_position_embeddings - prompt.shape[1]
         with self.accelerator.autocast():
             ids = self.model.generate(
                 prompt,
                 attention_mask=torch.ones_like(prompt),
-                max_new_tokens=max(1, min(self.args.sample_tokens, room)),
+                max_new_tokens=min(self.args.sample_tokens, room),
                 do_sample=True,
                 temperature=0.8,
                 top_k=None,
@@ -432,9 +515,6 @@ class _Run:
         if self.accelerator.is_main_process:
             aside = self.folder / ".final.partial"
             shutil.rmtree(aside, ignore_errors=True)
-            self.model.generation_config.pad_token_id = self.tokenizer.pad_token_id
-            self.model.generation_config.eos_token_id = self.tokenizer.eos_token_id
-            self.model.generation_config.bos_token_id = self.tokenizer.bos_token_id
             self.model.save_pretrained(aside)
             self.tokenizer.save_pretrained(aside)
             shutil.rmtree(final, ignore_errors=True)
@@ -451,6 +531,26 @@ class _Run:
                 self.say("loss curve: not drawn, matplotlib is not installed (extra 'train')")
         self.accelerator.wait_for_everyone()
         return final
+
+
+@contextmanager
+def _first_interrupt() -> Iterator[threading.Event]:
+    """Within it, the first Ctrl-C sets the event that it gives; a second one ends the process as always."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number, frame) -> None:
+        signal.signal(signal.SIGINT, before)
+        event.set()
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _describe(loss: TextLoss) -> str:

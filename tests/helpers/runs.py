@@ -1,0 +1,48 @@
+"""Tiny training runs."""
+
+from pathlib import Path
+
+from tessera import TesseraConfig
+from tessera.training.pretrain import PretrainArguments, PretrainResult, pretrain
+
+REPETITIVE = "the quick brown fox jumps over the lazy dog. " * 80
+
+
+def write_text(folder: Path, text: str = REPETITIVE, name: str = "text.txt") -> str:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def write_config(folder: Path, preset: str = "llama-tiny", **overrides) -> str:
+    """A config file of two thin layers, or what else the overrides say."""
+    small = {"hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96, "head_dim": None}
+    if preset == "bytegpt-tiny":
+        del small["head_dim"]
+    config = TesseraConfig.from_preset(preset, **{**small, **overrides})
+    target = folder / f"config-{preset}"
+    config.save_pretrained(target)
+    return str(target / "config.json")
+
+
+def tiny_arguments(folder: Path, preset: str = "llama-tiny", **given) -> PretrainArguments:
+    """A few steps of 4 x 32 tokens; the run is `folder / "run"`."""
+    arguments = {
+        "save_path": str(folder / "run"),
+        "steps": 6,
+        "batch_size": 4,
+        "sequence_length": 32,
+        "evaluations": 0,
+        "sample_tokens": 8,
+        **given,
+    }
+    if "data_file" not in arguments:
+        arguments["data_file"] = write_text(folder)
+    if "config" not in arguments:
+        arguments["config"] = write_config(folder, preset)
+    return PretrainArguments(**arguments)
+
+
+def tiny_run(folder: Path, resume: bool = False, **given) -> PretrainResult:
+    """Trains as `tiny_arguments` says."""
+    return pretrain(tiny_arguments(folder, **given), resume=resume)
