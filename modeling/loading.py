@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from transformers import GenerationConfig
 
 from .configuration_tessera import TesseraConfig
 from .modeling_tessera import TesseraForCausalLM
@@ -41,12 +42,18 @@ def load_model(
         raise ValueError(f"{index} has no weight_map, which says where each tensor is")
     if config is None:
         config = read_config(path / "config.json")
+    if not (path / "generation_config.json").is_file():
+        # Without that file the library looks into config.json, which need not be there either.
+        kwargs.setdefault("generation_config", GenerationConfig.from_model_config(config))
     try:
         model, info = TesseraForCausalLM.from_pretrained(
             path, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
+    except NotImplementedError as error:
+        # The library's way of saying that a misshapen embedding cannot be tied to the head.
+        raise ValueError(f"{path} does not fit the model: its embedding has another shape") from error
     problems = []
     for kind, names in (
         ("missing", info["missing_keys"]),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, TextStreamer
+from transformers import AutoTokenizer, TextStreamer
 
 from tessera.configs.resolve import resolve_config
 from tessera.modeling.loading import load_model
@@ -73,12 +73,7 @@ def load(ckpt_path: str, config: str | None = None, device: str | None = None):
         ValueError: if either cannot be loaded or they do not fit each other.
     """
     folder = find_checkpoint(ckpt_path)
-    given = {}
-    if config is not None:
-        given["config"] = resolve_config(config)
-        if not (folder / "generation_config.json").is_file():  # nor, maybe, anything else but the weights
-            given["generation_config"] = GenerationConfig.from_model_config(given["config"])
-    model = load_model(folder, **given)
+    model = load_model(folder, config=None if config is None else resolve_config(config))
     if (folder / "tokenizer_config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(folder)
     elif model.config.vocab_size == BYTE_VOCAB_SIZE:

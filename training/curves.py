@@ -1,7 +1,6 @@
 """The loss curve of a run as a picture."""
 
 import json
-import math
 from pathlib import Path
 
 
@@ -30,6 +29,7 @@ def draw_curve(records: list[dict], path: Path, title: str) -> bool:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter
     except ImportError:
         return False
     train = [(r["tokens"], r["loss"]) for r in records if "loss" in r]
@@ -48,16 +48,15 @@ def draw_curve(records: list[dict], path: Path, title: str) -> bool:
             xytext=(-6, 12),
             ha="right",
         )
-        ratio = bits[-1] / loss[-1]
+        ratio = bits[-1] / max(loss[-1], 1e-9) or 1.0
         second = axes.secondary_yaxis("right", functions=(lambda y: y * ratio, lambda y: y / ratio))
         second.set_ylabel("bits per byte")
     losses = [y for _, y in train] + [y for _, y, _ in val]
     if losses:
         # The first steps are far above the rest and would flatten it.
-        start = sorted(losses)[int(0.95 * (len(losses) - 1))]
-        axes.set_ylim(
-            min(losses) - 0.1, max(start * 1.15, min(losses) + 0.2) if math.isfinite(start) else None
-        )
+        top = sorted(losses)[int(0.9 * (len(losses) - 1))]
+        axes.set_ylim(min(losses) - 0.1, max(1.1 * top, min(losses) + 0.2))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("tokens seen")
     axes.set_ylabel("nats per token")
     axes.set_title(title)

@@ -33,18 +33,17 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast, parse_flag_from_env, set_seed
 from tqdm import tqdm
-from transformers import GenerationConfig
 
 from tessera.configs.resolve import resolve_config
-from tessera.data.text import Tokens, Windows, read_documents, split_documents
+from tessera.data.text import Windows, read_documents, split_documents
 from tessera.evaluation.bits_per_byte import TextLoss, text_loss
 from tessera.modeling.configuration_tessera import TesseraConfig
 from tessera.modeling.loading import load_model
 from tessera.modeling.modeling_tessera import TesseraForCausalLM
-from tessera.tokenization import build_byte_tokenizer
 
 from .checkpoints import find_checkpoint, load_checkpoint, newest_verified, save_checkpoint
 from .curves import draw_curve, read_metrics
+from .inputs import encode, load_tokenizer
 from .optimizers import build_optimizer
 from .schedules import cosine_with_warmup
 
@@ -147,47 +146,6 @@ def pretrain(args: PretrainArguments, resume: bool = False) -> PretrainResult:
     return Run(args, resume).run()
 
 
-def load_tokenizer(given: str | None, config: TesseraConfig):
-    """The tokenizer of a run, and the configuration with a vocabulary that it fits.
-
-    Raises:
-        ValueError: if it cannot be loaded, or has more tokens than the model.
-    """
-    if given is None:
-        if config.vocab_size != 256:
-            values = {**config.to_dict(), "vocab_size": 256, "padded_vocab_size": None}
-            values.update(bos_token_id=None, eos_token_id=None, pad_token_id=None)
-            config = TesseraConfig.from_dict(values)
-        return build_byte_tokenizer(), config
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(given)
-    except Exception as error:  # tokenizers raises nothing narrower for a broken file
-        reason = str(error).splitlines()[0]
-        if Path(given).is_dir():
-            reason = "that directory holds no tokenizer that transformers can read"
-        raise ValueError(f"tokenizer {given} cannot be loaded: {reason}") from error
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"tokenizer {given} has {len(tokenizer)} tokens, the model's vocabulary only {config.vocab_size}"
-        )
-    return tokenizer, config
-
-
-def encode(tokenizer, documents: list[bytes]) -> Tokens:
-    """All documents as one stream; an end-of-text token, or a line break for bytes, stands between them."""
-    num_bytes = sum(map(len, documents)) + len(documents) - 1
-    if hasattr(tokenizer, "encode_bytes") and tokenizer.eos_token_id is None:
-        return Tokens(tokenizer.encode_bytes(b"\n".join(documents)), num_bytes)
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids: list[int] = []
-    for document in documents:
-        text = document.decode("utf-8", errors="replace")
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + eos
-    return Tokens(np.asarray(ids, dtype=np.uint32), num_bytes)
-
-
 class Run:
     """A run that is ready to start. Making one checks all that it is told and writes nothing.
 
@@ -278,10 +236,7 @@ class Run:
     def _make_model(self, config: TesseraConfig) -> TesseraForCausalLM:
         path = self.args.ckpt_path and Path(self.args.ckpt_path)
         if path and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
-            # The directory may hold weights and nothing else.
-            generation = GenerationConfig.from_model_config(config)
-            path = find_checkpoint(path)
-            model = load_model(path, config, dtype=torch.float32, generation_config=generation)
+            model = load_model(find_checkpoint(path), config, dtype=torch.float32)
         else:
             if path:
                 self.say(f"no checkpoint in {path} yet: starting from random weights")
