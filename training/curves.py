@@ -40,14 +40,8 @@ def draw_curve(records: list[dict], path: Path, title: str) -> bool:
         axes.plot(*zip(*train, strict=True), color="#9db8d2", linewidth=1.2, label="training")
     if val:
         tokens, loss, bits = zip(*val, strict=True)
-        axes.plot(tokens, loss, color="#1f4e79", marker="o", markersize=4, label="validation")
-        axes.annotate(
-            f"{loss[-1]:.3f} nats\n{bits[-1]:.3f} bits/byte",
-            (tokens[-1], loss[-1]),
-            textcoords="offset points",
-            xytext=(-6, 12),
-            ha="right",
-        )
+        label = f"validation: {loss[-1]:.3f} nats, {bits[-1]:.3f} bits per byte"
+        axes.plot(tokens, loss, color="#1f4e79", marker="o", markersize=4, label=label)
         ratio = bits[-1] / max(loss[-1], 1e-9) or 1.0
         second = axes.secondary_yaxis("right", functions=(lambda y: y * ratio, lambda y: y / ratio))
         second.set_ylabel("bits per byte")

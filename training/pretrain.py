@@ -340,7 +340,7 @@ class Run:
                 bar.update(int(1000 * min(progress, 1)) - bar.n)
                 if bar.disable and is_main and time.perf_counter() - last_line >= SECONDS_BETWEEN_LINES:
                     last_line = time.perf_counter()
-                    print(f"{100 * progress:3.0f} %  {status}", file=sys.stderr, flush=True)
+                    print(f"{100 * min(progress, 1):3.0f} %  {status}", file=sys.stderr, flush=True)
                 if stop:
                     self._checkpoint()
                     self.say(f"stopped at step {self.step}; its checkpoint is saved, go on with --resume")
