@@ -52,10 +52,10 @@ test-shared: setup ## compare with the golden vectors and data in TESSERA_SHARED
 	@[ -d "$(TESSERA_SHARED)" ] || { \
 	    echo "make test-shared: no folder '$(TESSERA_SHARED)'; name the one with the golden vectors with" \
 	         "'make test-shared TESSERA_SHARED=/path/to/shared'" >&2; exit 1; }
-	TESSERA_SHARED="$(TESSERA_SHARED)" $(PARALLEL) -m "shared and not gpu and not distributed"
+	TESSERA_SHARED="$(TESSERA_SHARED)" $(PARALLEL) -m "shared and not slow and not gpu and not distributed"
 
-test-slow: setup ## the tests of a minute and more
-	$(PYTEST) -m "slow and not gpu and not distributed and not shared"
+test-slow: setup ## the tests of a minute and more (they read TESSERA_SHARED too)
+	TESSERA_SHARED="$(TESSERA_SHARED)" $(PYTEST) -m "slow and not gpu and not distributed"
 
 test-gpu: setup ## the tests that need a CUDA GPU
 	$(PYTEST) -m gpu

@@ -2,7 +2,8 @@
 
     python benchmarks/byte_tokenizer.py [--megabytes 5]
 
-Both load from one directory and give the same ids. The text is Python's own standard library. Medians of three.
+Both load from one directory and give the same ids. The text is Python's own standard library. Medians of
+three.
 """
 
 import argparse

@@ -1,1 +1,1 @@
-"""The presets as data: model dialects in models/*.json, training recipes in recipes/*.yaml."""
+"""Presets as JSON files, and finding the configuration that a user means."""

@@ -1,5 +1,4 @@
-"""From what a user gives as `--config` to a configuration: a preset, a Tessera config file, or ByteGPT's own
-JSON."""
+"""From what is given as `--config` to a configuration: a preset, a Tessera file, or ByteGPT's own JSON."""
 
 import os
 from pathlib import Path
@@ -12,6 +11,12 @@ from tessera.modeling.configuration_tessera import TesseraConfig
 from tessera.modeling.loading import first_sentence, read_json
 
 from .presets import lay_over_base
+
+
+def is_byte_gpt_file(given: str) -> bool:
+    """Whether what is given is a file in ByteGPT's own words."""
+    path = Path(given)
+    return path.suffix == ".json" and path.is_file() and is_model_args(read_json(path))
 
 
 def resolve_config(given: str, **overrides: Any) -> TesseraConfig:
@@ -32,10 +37,6 @@ def resolve_config(given: str, **overrides: Any) -> TesseraConfig:
         values = read_json(path / "config.json" if path.is_dir() else path)
         if is_model_args(values):
             return config_from_model_args(values, **overrides)
-        if values.get("model_type", TesseraConfig.model_type) != TesseraConfig.model_type:
-            raise ValueError(
-                f"{path} describes a model of type '{values['model_type']}', not a Tessera model"
-            )
         return TesseraConfig(**{**lay_over_base(values), **overrides})
-    except StrictDataclassError as error:
+    except (StrictDataclassError, ValueError) as error:
         raise ValueError(f"--config {given}: {first_sentence(error)}") from error

@@ -1,1 +1,1 @@
-"""Moving weights between formats, streamed tensor by tensor and verified at every step."""
+"""Other formats of configurations, read as Tessera's own."""

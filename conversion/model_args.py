@@ -121,6 +121,8 @@ def config_from_model_args(args: dict[str, Any], **overrides: Any) -> TesseraCon
             "q_lora_rank": values["q_lora_rank"] or None,
             "mlp_layer_types": ["dense"] * dense + ["sparse"] * sparse,
             "norm_topk_prob": values["score_func"] == "sigmoid",
+            # The release has the bias at the width of its largest model and nowhere else.
+            "router_correction_bias": bool(sparse) and values["dim"] == 7168,
             "rope_parameters": rope,
             "rope_interleave": True,
             "initializer": "bytegpt",

@@ -1,1 +1,1 @@
-"""Text in, packed rows out: readers, filters, tokenization to disk, and chat data formatting."""
+"""Text in, rows of tokens out."""

@@ -2,7 +2,7 @@
 
 What belongs here: reading a file or folder of text, the split into training and validation, and the order in
 which training sees its windows, which is a pure function of the seed, so that any step can be computed
-without those before it. Corpora that do not fit in memory have their own room.
+without those before it.
 """
 
 import hashlib

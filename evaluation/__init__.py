@@ -1,1 +1,1 @@
-"""Measuring a model: bits per byte, perplexity, task suites, and the statistics behind the numbers."""
+"""Measuring a model: loss of a text, in nats and in bits per byte."""

@@ -31,7 +31,7 @@ class TextLoss:
 def text_loss(
     model: nn.Module,
     ids: np.ndarray,
-    num_bytes: int,
+    num_bytes: float,
     length: int,
     batch_size: int = 16,
     accelerator: Accelerator | None = None,

@@ -1,2 +1,2 @@
-"""Configuration and model. Flat files that import only torch, transformers and each other: this folder
-travels to the Hub as remote code, so nothing in it may need the rest of the package."""
+"""Configuration and model, in flat files that travel to the Hub as remote code: they import only torch,
+transformers and each other. `loading.py` and `accounting.py` stay behind, for the package's own tools."""

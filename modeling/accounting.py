@@ -56,8 +56,7 @@ def count_costs(config: TesseraConfig) -> Costs:
 
 
 def _attention_flops(config: TesseraConfig, kind: str) -> int:
-    """Forward operations of scores and weighted values for one token, on average over the positions of a
-    context."""
+    """Forward operations of scores and weighted values for one token, on average over a context."""
     context = config.max_position_embeddings
     window = min(config.sliding_window, context) if kind == "sliding_attention" else context
     # Position t sees min(t + 1, window) positions.
@@ -71,4 +70,5 @@ def _cache_bytes(config: TesseraConfig) -> int:
         width = config.kv_lora_rank + config.qk_rope_head_dim
     else:
         width = 2 * config.num_key_value_heads * config.head_dim
-    return 2 * width * config.num_hidden_layers
+    embedding = config.hidden_size if config.smear else 0
+    return 2 * (width * config.num_hidden_layers + embedding)

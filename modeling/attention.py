@@ -21,8 +21,7 @@ from .layers import TesseraRMSNorm, apply_rotary, make_norm
 def masked_softmax(
     scores: torch.Tensor, attention_mask: torch.Tensor | None, softcap: float | None
 ) -> torch.Tensor:
-    """Probabilities in fp32 from scores [B, H, T, S] and a mask [B, 1, T, S]: bool (True is in sight) or
-    additive."""
+    """Probabilities in fp32 of scores [B, H, T, S]; a mask [B, 1, T, S] is bool (True: seen) or added."""
     if softcap is not None:
         scores = softcap * torch.tanh(scores.float() / softcap)
     if attention_mask is not None:
@@ -148,8 +147,7 @@ class TesseraAttention(_Attention):
         input_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Normed hidden states [B, T, C] -> [B, T, C] and, where the implementation has them,
-        probabilities."""
+        """Normed hidden states [B, T, C] -> [B, T, C], and probabilities where there are any."""
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(heads)
         key = self.k_proj(hidden_states).view(heads)
@@ -209,8 +207,7 @@ class TesseraLatentAttention(_Attention):
         input_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Normed hidden states [B, T, C] -> [B, T, C] and, where the implementation has them,
-        probabilities."""
+        """Normed hidden states [B, T, C] -> [B, T, C], and probabilities where there are any."""
         query = self._query(hidden_states)
         q_nope, q_rope = query.split([self.nope_dim, self.rope_dim], dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.rank, self.rope_dim], dim=-1)
@@ -222,25 +219,28 @@ class TesseraLatentAttention(_Attention):
         if past_key_values is not None:
             latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
 
-        if self.absorbs(query.shape[2], latent.shape[2], attention_mask):
+        paged = kwargs.get("cache") is not None
+        if not paged and self.absorbs(query.shape[2], latent.shape[2], attention_mask):
             out, probabilities = self._attend_absorbed(q_nope, q_rope, latent, k_rope, attention_mask)
         else:
             expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             k_nope, value = expanded.split([self.nope_dim, self.v_dim], dim=-1)
             key = torch.cat([k_nope, k_rope.expand(-1, self.num_heads, -1, -1)], dim=-1)
             query = torch.cat([q_nope, q_rope], dim=-1)
+            if paged:
+                # The paged cache has one width for keys and values.
+                value = F.pad(value, (0, key.shape[-1] - self.v_dim))
             out, probabilities = self._attend(query, key, value, attention_mask, **kwargs)
+            out = out[..., : self.v_dim]
         return self.o_proj(out.flatten(2)), probabilities
 
     def absorbs(self, new: int, seen: int, attention_mask: torch.Tensor | None) -> bool:
         """Whether a call with `new` queries on `seen` positions attends in latent space.
 
         By cost, in products for each head: naive expands every position once and attends with small heads;
-            absorbed
-        projects only the new positions, and attends with heads as wide as the latent. So absorbed wins while
-        the new positions are few. It needs a plain mask, and the bare weight of `kv_b_proj`: with an adapter
-            or a quantised
-        layer in its place the expansion must go through that.
+        absorbed projects only the new positions, and attends with heads as wide as the latent. So absorbed
+        wins while the new positions are few. It needs a plain mask, and the bare weight of `kv_b_proj`: with
+        an adapter or a quantised layer in its place, the expansion must go through that.
         """
         mode = self.config.latent_attention_mode
         if mode == "naive" or type(self.kv_b_proj) is not nn.Linear:
@@ -286,8 +286,7 @@ class TesseraLatentAttention(_Attention):
 
 
 def _yarn_score_scale(config: TesseraConfig) -> float:
-    """Factor on the scores that goes with YaRN (Peng et al., 2023, equation 22), as DeepSeek-V2 applies
-    it."""
+    """Factor on the scores that goes with YaRN (Peng et al., 2023, equation 22), as in DeepSeek-V2."""
     rope = config.rope_parameters or {}
     mscale = rope.get("mscale_all_dim")
     if config.position_embedding_type != "rope" or rope.get("rope_type") != "yarn" or not mscale:

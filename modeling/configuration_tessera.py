@@ -14,10 +14,10 @@ from dataclasses import field, fields
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .rope_parameters import share_that_truncates_to, validate_rope_parameters
+from .rope_parameters import require_original_length, share_that_truncates_to, validate_rope_parameters
 
 # One letter a layer, tiled over the depth: `layer_types="SSSL"`, `mlp_layer_types="DS"`.
 ATTENTION_LETTERS = {"S": "sliding_attention", "L": "full_attention"}
@@ -125,6 +125,7 @@ class TesseraConfig(PreTrainedConfig):
 
     Raises:
         ValueError: for an unknown field or a combination that cannot work.
+        StrictDataclassError: for a value of another type.
     """
 
     model_type = "tessera"
@@ -236,6 +237,7 @@ class TesseraConfig(PreTrainedConfig):
             raise ValueError(
                 f"rope_parameters holds for all layers alike, and cannot be given by layer type ({nested[0]})"
             )
+        require_original_length(self.rope_parameters)
         self._validate_heads()
         if self.attention_type == "latent":
             # The head as transformers' paged cache sees it, of which the last part is rotated.
@@ -288,11 +290,10 @@ class TesseraConfig(PreTrainedConfig):
             raise ValueError(f"this configuration is of model type '{model_type}', not '{self.model_type}'")
         for name in ("dtype", "torch_dtype"):
             _require_dtype(name, self.dtype if name == "dtype" else kwargs.get(name))
-        known = _LIBRARY_KWARGS | set(GenerationConfig._get_default_generation_params())
         names = sorted({f.name for f in fields(self)} | set(self.attribute_map))
         for name in kwargs:
             library_property = getattr(getattr(type(self), name, None), "fset", None) is not None
-            if name in known or name.startswith("_") or library_property:
+            if name in _LIBRARY_KWARGS or name.startswith("_") or library_property:
                 continue
             close = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ""
@@ -534,6 +535,7 @@ class TesseraConfig(PreTrainedConfig):
 
         Raises:
             ValueError: for an unknown preset or field, or sizes that do not fit together.
+            StrictDataclassError: for a value of another type.
         """
         try:
             # By name: this file travels to the Hub, where the package may be missing.
@@ -544,6 +546,9 @@ class TesseraConfig(PreTrainedConfig):
         values = presets.read_preset(name)
         if depth is not None:
             values = presets.scale_to_depth(values, depth)
+        if "vocab_size" in overrides:
+            # The padding is that of the preset's own vocabulary.
+            values.pop("padded_vocab_size", None)
         return cls(**{**values, **overrides})
 
 

@@ -33,6 +33,7 @@ class TesseraMLP(nn.Module):
         self.down_proj.init_role = "residual_output"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states [..., C] -> [..., C]."""
         up = self.up_proj(x)
         hidden = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(x)) * up
         return self.down_proj(hidden)
@@ -87,8 +88,7 @@ class TesseraRouter(nn.Module):
 
 
 class _StackedExperts(nn.Module):
-    """What both kinds of experts share: the loop, which the library replaces by grouped or batched
-    products."""
+    """What both kinds of experts share: the loop, in whose place the library puts grouped products."""
 
     def __init__(self, config: TesseraConfig):
         super().__init__()
@@ -160,6 +160,7 @@ class TesseraMoE(nn.Module):
         self.shared_experts = TesseraMLP(config, shared_width) if shared_width else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states [B, T, C] -> [B, T, C]."""
         tokens = x.reshape(-1, x.shape[-1])
         _, weights, indices = self.gate(tokens)
         out = self.experts(tokens, indices, weights).view_as(x)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, StaticCache, StaticSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticCache, StaticSlidingWindowLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .configuration_tessera import TesseraConfig
@@ -100,10 +100,10 @@ def apply_rotary(
 class TesseraSmear(nn.Module):
     """Mixes the previous token's embedding into each token's (nanochat, July 2026).
 
-    `x[t] += scale * sigmoid(gate(first channels of x[t])) * x[t - 1]`. The first token of a document has no
-    previous one. While decoding, the last embedding is kept beside the layers' keys and values, as one more
-    layer of the cache whose window is two tokens: it is reordered, cropped and repeated with the others, and
-    a chunk that follows a cached prefix continues as if both had come at once.
+    `x[t] += strength * sigmoid(gate(first channels of x[t])) * x[t - 1]`. The first token of a document has
+    no previous one. While decoding, embeddings are kept beside the layers' keys and values, as one more layer
+    of the cache: it is reordered, cropped and repeated with the others, and a chunk that follows a cached
+    prefix continues as if both had come at once.
     """
 
     def __init__(self, config: TesseraConfig):
@@ -111,22 +111,20 @@ class TesseraSmear(nn.Module):
         self.cache_idx = config.num_hidden_layers
         self.gate = nn.Linear(config.smear_gate_channels, 1, bias=False)
         self.gate.init_role = "gate"
-        self.scale = nn.Parameter(torch.zeros(1))
+        self.strength = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """Embeddings [B, T, C] at positions [B, T] or [1, T] -> embeddings [B, T, C]."""
         carried = None if cache is None else self._exchange(x, cache)
         follows = position_ids[:, 1:] == position_ids[:, :-1] + 1
         if carried is None:
-            previous, first = (
-                torch.zeros_like(x[:, :1]),
-                torch.zeros_like(position_ids[:, :1], dtype=torch.bool),
-            )
+            previous = torch.zeros_like(x[:, :1])
+            first = torch.zeros_like(position_ids[:, :1], dtype=torch.bool)
         else:
             previous, first = carried, position_ids[:, :1] > 0
         previous = torch.cat([previous, x[:, :-1]], dim=1)
         follows = torch.cat([first, follows], dim=1).unsqueeze(-1)
-        gate = self.scale * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))
+        gate = self.strength * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))
         return x + torch.where(follows, gate * previous, 0.0).to(x.dtype)
 
     def _exchange(self, x: torch.Tensor, cache: Cache) -> torch.Tensor | None:
@@ -135,7 +133,8 @@ class TesseraSmear(nn.Module):
             if isinstance(cache, StaticCache):
                 cache.layers.append(StaticSlidingWindowLayer(max_cache_len=2, sliding_window=2))
             else:
-                cache.layers.append(DynamicSlidingWindowLayer(sliding_window=2))
+                # All of them and not the last alone, so that any number of tokens can be taken back.
+                cache.layers.append(DynamicLayer())
         seen = len(cache.layers) > self.cache_idx and cache.layers[self.cache_idx].get_seq_length() > 0
         states = x.unsqueeze(1)
         kept, _ = cache.update(states, states[..., :0], self.cache_idx)

@@ -79,14 +79,10 @@ def read_config(path: str | Path) -> TesseraConfig:
         ValueError: if it is missing, not JSON, of another model type, or does not validate.
     """
     values = read_json(path)
-    if values.get("model_type", TesseraConfig.model_type) != TesseraConfig.model_type:
-        raise ValueError(f"{path} describes a model of type '{values['model_type']}', not a Tessera model")
     try:
         return TesseraConfig.from_dict(values)
-    except StrictDataclassError as error:
+    except (StrictDataclassError, ValueError) as error:
         raise ValueError(f"{path}: {first_sentence(error)}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def read_json(path: str | Path) -> dict:

@@ -11,7 +11,11 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    packed_sequence_mask_function,
+)
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -185,6 +189,8 @@ class TesseraModel(TesseraPreTrainedModel):
             raise ValueError(
                 "this model has value embeddings, which need input_ids; inputs_embeds alone cannot work"
             )
+        if self.smear is not None and kwargs.get("cache") is not None:
+            raise ValueError("continuous batching keeps no embeddings for smear; use generate instead")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
@@ -243,20 +249,14 @@ class TesseraModel(TesseraPreTrainedModel):
     ) -> dict[str, torch.Tensor | None]:
         """The mask of each kind of layer; None where plain causal order needs none.
 
-        The library isolates packed documents only without a cache and without a padding mask. So this runs
-        before an empty cache is made, and a padding mask beside given positions is turned into positions that
-        follow nothing.
+        The library isolates packed documents only without a cache and without a padding mask. So the masks
+        are made as if an empty cache were not there, and beside a padding mask the documents are counted
+        here.
         """
         if isinstance(attention_mask, dict):
             return attention_mask
-        if (
-            cache is None
-            and position_ids is not None
-            and attention_mask is not None
-            and attention_mask.ndim == 2
-        ):
-            position_ids = position_ids.expand_as(attention_mask).masked_fill(attention_mask == 0, -2)
-            attention_mask = None
+        if cache is not None and attention_mask is None and _is_empty(cache):
+            cache = None
         arguments = {
             "config": self.config,
             "inputs_embeds": embeds,
@@ -264,7 +264,13 @@ class TesseraModel(TesseraPreTrainedModel):
             "past_key_values": cache,
             "position_ids": position_ids,
         }
-        if self.config.attn_logit_softcapping is not None:
+        padded = attention_mask is not None and attention_mask.ndim == 2
+        # Flash attention takes the padding mask as it is, and no other beside it.
+        flash = "flash" in (self.config._attn_implementation or "")
+        if cache is None and position_ids is not None and padded and not flash:
+            starts = (position_ids.expand_as(attention_mask) == 0) & (attention_mask != 0)
+            arguments["and_mask_function"] = packed_sequence_mask_function(starts.cumsum(-1))
+        elif self.config.attn_logit_softcapping is not None:
             # Under sdpa a soft-cap takes the eager path, which needs its mask.
             arguments["and_mask_function"] = _everything
         return {kind: _MASKS[kind](**arguments) for kind in set(self.config.layer_types)}
@@ -353,7 +359,8 @@ class TesseraForCausalLM(TesseraPreTrainedModel, GenerationMixin):
                 padding = padding[:, -outputs.last_hidden_state.shape[1] :]
             aux_loss = load_balancing_loss(routers, outputs.router_logits, padding)
             if loss is not None and self.config.router_aux_loss_coef:
-                targets = kwargs.get("shift_labels", labels[:, 1:])
+                shifted = kwargs.get("shift_labels")
+                targets = labels[:, 1:] if shifted is None else shifted
                 share = _share_of_batch(targets, kwargs.get("num_items_in_batch"))
                 loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
@@ -378,11 +385,15 @@ class TesseraForTokenClassification(GenericForTokenClassification, TesseraPreTra
 def _share_of_batch(
     targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor | float:
-    """Share of the batch's counted tokens that this micro-batch holds: the weight of a loss that is a
-    mean."""
+    """Share of the batch's counted tokens in this micro-batch: the weight of a loss that is a mean."""
     if num_items_in_batch is None:
         return 1.0
     return (targets != -100).sum() / num_items_in_batch
+
+
+def _is_empty(cache: Cache) -> bool:
+    """Whether a cache that grows has nothing in it yet; the masks of a static one are of its own length."""
+    return not cache.is_compileable and cache.get_seq_length() == 0
 
 
 def _everything(*_) -> torch.Tensor:

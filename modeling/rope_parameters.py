@@ -79,6 +79,17 @@ def validate_rope_parameters(given: dict[str, Any]) -> None:
             )
 
 
+def require_original_length(given: dict[str, Any]) -> None:
+    """Refuses a scaling without the length that it scales from; the library would take the new one for it.
+
+    Raises:
+        ValueError: with the key.
+    """
+    rope_type = given.get("rope_type", given.get("type"))
+    if rope_type in ("yarn", "llama3") and given.get("original_max_position_embeddings") is None:
+        raise ValueError(f"rope_parameters: rope_type '{rope_type}' needs original_max_position_embeddings")
+
+
 def share_that_truncates_to(part: int, whole: int) -> float:
     """The share of `whole` of which `int(whole * share)`, as the library computes it, is `part`."""
     share = part / whole

@@ -43,7 +43,7 @@ def initialize(module: nn.Module, config: TesseraConfig) -> None:
         _matrix(module.up_proj, "mlp_input", config)
         _matrix(module.down_proj, "residual_output", config)
     elif isinstance(module, TesseraSmear):
-        init.zeros_(module.scale)
+        init.zeros_(module.strength)
 
 
 def residual_scalar_start(layer_idx: int, num_layers: int) -> tuple[float, float]:

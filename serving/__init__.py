@@ -1,1 +1,1 @@
-"""Running a model for people: the decoding engine, the HTTP server, the chat page and terminal chat."""
+"""Running a model for people: completions of prompts, and a prompt loop in the terminal."""

@@ -58,8 +58,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         self.actions = actions
 
     def find_spec(self, name, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
-        """The spec of a named module, whose loader also acts; None for all others, which go on to the next
-        finder."""
+        """The spec of a named module, whose loader also acts; None for all others."""
         if name not in self.actions:
             return None
         act = self.actions.pop(name)

@@ -60,7 +60,9 @@ def pretrain(
     batch_size: Annotated[int, typer.Option(help="Windows in a step, over all processes.")] = 8,
     accumulation: Annotated[int, typer.Option(help="Micro-batches that a step is split into.")] = 1,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
-    optimizer: Annotated[str, typer.Option(help="muon or adamw.")] = "muon",
+    optimizer: Annotated[
+        str | None, typer.Option(help="muon or adamw; default muon, for ByteGPT's own JSON adamw.")
+    ] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Of the matrices; default by optimizer.")
     ] = None,

@@ -170,7 +170,7 @@ def assert_refused(result, sentence: str) -> None:
         ({"--config": 'config.json:{"hidden_size": "wide"}'}, "hidden_size"),
         ({"--config": 'config.json:{"num_attention_heads": 7}'}, "num_attention_heads"),
         ({"--config": 'config.json:{"dim": 64, "n_layer": 2}'}, "did you mean 'n_layers'?"),
-        ({"--config": 'config.json:{"model_type": "llama"}'}, "of type 'llama'"),
+        ({"--config": 'config.json:{"model_type": "llama"}'}, "of model type 'llama'"),
         ({"--data-file": "missing.txt"}, "there is no file or folder"),
         ({"--data-file": "empty.txt:"}, "is empty"),
         ({"--data-file": "short.txt:" + "x" * 60}, "a window of 64 needs 65"),

@@ -1,1 +1,1 @@
-"""Pretraining and post-training: trainers, optimizers, schedules, checkpoints, the planner."""
+"""Training on Accelerate: the loop, optimizers, schedules, checkpoints, and the demo."""

@@ -105,8 +105,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files have the hashes of its manifest, and a sentence for each newer
-    one."""
+    """The newest checkpoint whose files have the hashes of its manifest; a sentence for each newer one."""
     refused = []
     for path in reversed(list_checkpoints(folder)):
         problem = verify(path)

@@ -5,8 +5,7 @@ from pathlib import Path
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a `metrics.jsonl`, oldest first; a line that a killed run left unfinished is passed
-    over."""
+    """The records of a `metrics.jsonl`, oldest first, without a line that a killed run left unfinished."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:

@@ -39,11 +39,20 @@ def load_tokenizer(given: str | None, config: TesseraConfig):
 def encode(tokenizer, documents: list[bytes]) -> Tokens:
     """All documents as one stream; an end-of-text token, or a line break for bytes, stands between them."""
     num_bytes = sum(map(len, documents)) + len(documents) - 1
-    if hasattr(tokenizer, "encode_bytes") and tokenizer.eos_token_id is None:
-        return Tokens(tokenizer.encode_bytes(b"\n".join(documents)), num_bytes)
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids: list[int] = []
+    eos = tokenizer.eos_token_id
+    # Bytes are their own ids, whatever they say; for other tokenizers a text that spells a control token is
+    # text.
+    encode_one = getattr(tokenizer, "encode_bytes", None) or (
+        lambda document: tokenizer(
+            document.decode("utf-8", errors="replace"),
+            add_special_tokens=False,
+            split_special_tokens=True,
+            verbose=False,
+        )["input_ids"]
+    )
+    between = np.asarray(encode_one(b"\n") if eos is None else [eos], dtype=np.uint32)
+    parts = []
     for document in documents:
-        text = document.decode("utf-8", errors="replace")
-        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + eos
-    return Tokens(np.asarray(ids, dtype=np.uint32), num_bytes)
+        parts += [np.asarray(encode_one(document), dtype=np.uint32), between]
+    ids = np.concatenate(parts[:-1] if eos is None else parts)
+    return Tokens(ids.astype(np.uint8) if len(tokenizer) <= 256 else ids, num_bytes)

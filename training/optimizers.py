@@ -7,7 +7,7 @@ are.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -78,7 +78,7 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(groups, defaults)
 
     @torch.no_grad()
-    def step(self, closure=None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Updates all parameters that have a gradient."""
         loss = None if closure is None else closure()
         for group in self.param_groups:

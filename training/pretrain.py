@@ -1,5 +1,4 @@
-"""Pretraining on text with Accelerate: `tessera pretrain`, or `accelerate launch -m
-tessera.training.pretrain`.
+"""Pretraining on text: `tessera pretrain`, or `accelerate launch -m tessera.training.pretrain`.
 
 Notable:
 - the loss is divided by the tokens of the whole step, so neither accumulation nor the number of processes
@@ -13,6 +12,7 @@ What belongs here: the loop and what it is told. Optimizers, schedules, checkpoi
 own files.
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -34,7 +34,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, parse_flag_from_env, set_seed
 from tqdm import tqdm
 
-from tessera.configs.resolve import resolve_config
+from tessera.configs.resolve import is_byte_gpt_file, resolve_config
 from tessera.data.text import Windows, read_documents, split_documents
 from tessera.evaluation.bits_per_byte import TextLoss, text_loss
 from tessera.modeling.configuration_tessera import TesseraConfig
@@ -47,6 +47,7 @@ from .inputs import encode, load_tokenizer
 from .optimizers import build_optimizer
 from .schedules import cosine_with_warmup
 
+LOGITS_AT_A_TIME = 2**26  # of a validation batch; 256 MiB in fp32
 SECONDS_BETWEEN_LINES = 10.0  # where there is no progress bar
 
 
@@ -65,7 +66,8 @@ class PretrainArguments:
         batch_size: windows in an optimizer step, over all processes.
         accumulation: micro-batches that a step is split into on each process.
         sequence_length: positions in a window; default: the model's context, at most 1024.
-        optimizer, learning_rate, weight_decay, warmup, floor, clip: see `optimizers.py` and `schedules.py`;
+        optimizer: `muon` or `adamw`; default: muon, but adamw, as in the original, for ByteGPT's own JSON.
+        learning_rate, weight_decay, warmup, floor, clip: see `optimizers.py` and `schedules.py`;
             `clip` is the largest gradient norm, 0 for none.
         seed: of weights, data order and dropout.
         evaluations: validation passes during the run, beside those at its start and end.
@@ -86,7 +88,7 @@ class PretrainArguments:
     batch_size: int = 8
     accumulation: int = 1
     sequence_length: int | None = None
-    optimizer: str = "muon"
+    optimizer: str | None = None
     learning_rate: float | None = None
     weight_decay: float = 0.0
     warmup: float = 0.02
@@ -159,11 +161,15 @@ class Run:
     """
 
     def __init__(self, args: PretrainArguments, resume: bool = False, replace: bool = False):
+        if args.optimizer is None:
+            args = dataclasses.replace(args, optimizer="adamw" if is_byte_gpt_file(args.config) else "muon")
         self.args, self.resume, self.replace = args, resume, replace
         # Said aloud, because accelerate takes processes on a CPU for so many runs of one process otherwise.
         cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         bf16 = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         self.accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no")
+        # A launcher's own setting would divide every loss once more.
+        self.accelerator.gradient_accumulation_steps = 1
         set_seed(args.seed)
         self.weights_file = Path(args.save_path) if args.save_path.endswith(".safetensors") else None
         self.folder = self.weights_file.with_suffix("") if self.weights_file else Path(args.save_path)
@@ -246,11 +252,13 @@ class Run:
         return model
 
     def say(self, text: str) -> None:
+        """Prints once, whatever the number of processes."""
         self.accelerator.print(text)
 
     # ---- the run ----
 
     def run(self) -> PretrainResult:
+        """Trains, scores the text before and after, and writes the run directory."""
         self._start()
         before = self._evaluate(whole=True)
         self._record(val_loss=before.nats, val_bits_per_byte=before.bits_per_byte)
@@ -266,6 +274,7 @@ class Run:
 
     @property
     def tokens(self) -> int:
+        """Tokens seen so far."""
         return self.step * self.args.batch_size * self.length
 
     def _start(self) -> None:
@@ -291,6 +300,8 @@ class Run:
             (self.folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
             if self.resume:
                 self._trim_metrics()
+                # Its weights are those of an older checkpoint as soon as the run goes on.
+                shutil.rmtree(self.folder / "final", ignore_errors=True)
         self.accelerator.wait_for_everyone()
         total = self.model.num_parameters()
         length = f"{self.total_steps} steps" if self.total_steps else f"{self.args.minutes:g} minutes"
@@ -406,7 +417,9 @@ class Run:
     def _evaluate(self, whole: bool) -> TextLoss:
         ids = self.val.ids if whole else self.val.ids[: self.args.eval_tokens]
         num_bytes = self.val.num_bytes * len(ids) / len(self.val.ids)
-        return text_loss(self.wrapped, ids, num_bytes, self.length, accelerator=self.accelerator)
+        fitting = LOGITS_AT_A_TIME // (self.length * self.model.config.padded_vocab_size)
+        batch_size = max(1, min(16, fitting))
+        return text_loss(self.wrapped, ids, num_bytes, self.length, batch_size, self.accelerator)
 
     # ---- what it writes ----
 
@@ -423,7 +436,9 @@ class Run:
         path = self.folder / "metrics.jsonl"
         if path.is_file():
             kept = [record for record in read_metrics(path) if record["step"] <= self.step]
-            path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            aside = path.with_suffix(".partial")
+            aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+            aside.replace(path)
 
     def _rows_identity(self) -> dict:
         """What fixes which row a step sees, and the optimizer that its state is of."""
@@ -434,7 +449,7 @@ class Run:
             "batch_size": args.batch_size,
             "sequence_length": self.length,
             "seed": args.seed,
-            "optimizer": args.optimizer,
+            "optimizer": [group["name"] for group in self.optimizer.param_groups],
         }
 
     def _checkpoint(self) -> None:

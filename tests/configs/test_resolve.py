@@ -67,7 +67,7 @@ REFUSED = {
     "other model": (
         "c.json",
         ("c.json", {"model_type": "llama"}),
-        "c.json describes a model of type 'llama'",
+        "is of model type 'llama'",
     ),
     "unknown field": ("c.json", ("c.json", {"hiden_size": 4}), "'hiden_size'; did you mean 'hidden_size'"),
     "wrong type": (

@@ -38,7 +38,7 @@ NANOCHAT = {
     r"\.mlp\.c_fc\.": ".mlp.up_proj.",
     r"\.mlp\.c_proj\.": ".mlp.down_proj.",
     r"^smear_gate\.": "model.smear.gate.",
-    r"^smear_lambda$": "model.smear.scale",
+    r"^smear_lambda$": "model.smear.strength",
     r"^backout_lambda$": "model.backout_scale",
 }
 

@@ -142,7 +142,12 @@ REFUSED = [
     ({"rope_parameters": {1: 2}}, "rope_type 'default' has no key '1'"),
     (rope(full_attention={"rope_theta": 9.0}), "cannot be given by layer type"),
     (rope(rope_type="linear"), "rope_type 'linear' needs factor"),
-    (rope(rope_type="llama3", factor=2.0), "rope_type 'llama3' needs high_freq_factor, low_freq_factor"),
+    (rope(rope_type="llama3", factor=2.0), "rope_type 'llama3' needs original_max_position_embeddings"),
+    (rope(rope_type="yarn", factor=2.0), "rope_type 'yarn' needs original_max_position_embeddings"),
+    (
+        rope(rope_type="llama3", factor=2.0, original_max_position_embeddings=64),
+        "rope_type 'llama3' needs high_freq_factor, low_freq_factor",
+    ),
     (rope(rope_type="linear", factor=None), "factor must be a number of at least 1, got None"),
     (rope(rope_type="linear", factor="2"), "factor must be a number of at least 1, got '2'"),
     (rope(rope_type="linear", factor=0.5), "factor must be a number of at least 1"),

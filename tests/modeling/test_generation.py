@@ -10,6 +10,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    GenerationConfig,
     TextIteratorStreamer,
     pipeline,
     set_seed,
@@ -202,3 +203,28 @@ def test_tuples_instead_of_outputs_where_asked_for():
     assert torch.equal(model(prompt(), return_dict=False)[0], expected)
     model.config.return_dict = False
     assert torch.equal(model(prompt())[0], expected)
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_prompt_lookup_decoding_equals_greedy(name):
+    model = tiny_model(name)
+    ids = prompt(1, 5).repeat(1, 4)
+    expected = generate(model, ids, do_sample=False)
+    assert torch.equal(generate(model, ids, do_sample=False, prompt_lookup_num_tokens=3), expected)
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "gpt2-tiny", "verse-tiny", "bytegpt-tiny"])
+def test_continuous_batching_equals_generate(name):
+    model = tiny_model(name)
+    rows = [prompt(1, length, seed=length)[0].tolist() for length in (7, 3)]
+    settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    outputs = list(model.generate_batch(inputs=rows, generation_config=settings, progress_bar=False).values())
+    for row, output in zip(rows, outputs, strict=True):
+        assert output.error is None
+        alone = generate(model, torch.tensor([row]), do_sample=False, max_new_tokens=6)
+        assert output.generated_tokens == alone[0, len(row) :].tolist()
+
+
+def test_smear_refuses_a_paged_cache():
+    with pytest.raises(ValueError, match="continuous batching keeps no embeddings"):
+        tiny_model("nanochat-tiny")(prompt(), cache=object())

@@ -182,7 +182,7 @@ def packed_positions(*lengths: int) -> torch.Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("name", EVERY_MODEL)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("call", ["plain", "default cache", "padding mask", "training"])
+@pytest.mark.parametrize("call", ["plain", "default cache", "empty cache", "padding mask", "training"])
 def test_packed_documents_equal_documents_alone(name, implementation, call):
     model = tiny_model(name)
     model.set_attn_implementation(implementation)
@@ -190,6 +190,8 @@ def test_packed_documents_equal_documents_alone(name, implementation, call):
     kwargs = {"position_ids": packed_positions(10, 3, 11), "use_cache": False}
     if call == "default cache":
         del kwargs["use_cache"]
+    elif call == "empty cache":
+        kwargs.update(past_key_values=DynamicCache(config=model.config), use_cache=True)
     elif call == "padding mask":
         kwargs["attention_mask"] = torch.ones(1, 24, dtype=torch.long)
     elif call == "training":
@@ -297,3 +299,42 @@ def test_recorded_states_have_the_layers_of_the_model():
     assert len(out.hidden_states) == depth + 1
     assert [tuple(a.shape) for a in out.attentions] == [(2, 4, 24, 24)] * depth
     assert len(out.router_logits) == model.config.mlp_layer_types.count("sparse")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", EVERY_MODEL)
+def test_a_cropped_cache_continues_as_if_the_tokens_had_not_come(name):
+    model, ids = tiny_model(name), tokens()
+    expected = model(ids, use_cache=False).logits
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(torch.cat([ids[:, :12], ids[:, :6]], 1), past_key_values=cache, use_cache=True)
+    cache.crop(-6)
+    logits = model(ids[:, 12:], past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(logits, expected[:, 12:], **TOLERANCE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", EVERY_MODEL)
+@pytest.mark.parametrize("positions", ["counted", "by place"])
+def test_a_masked_token_in_the_middle_does_not_cut_a_row_in_two(name, positions):
+    model, ids = tiny_model(name), tokens(1, 12)
+    mask = torch.ones_like(ids)
+    mask[:, 5] = 0
+    counted = (mask.cumsum(-1) - 1) if positions == "counted" else torch.arange(12).unsqueeze(0)
+    out = model(ids, attention_mask=mask, position_ids=counted, use_cache=False).logits
+    cached = model(
+        ids, attention_mask=mask, position_ids=counted, past_key_values=DynamicCache(config=model.config)
+    ).logits
+    keep = mask.bool()
+    torch.testing.assert_close(out[keep], cached[keep], **TOLERANCE)
+
+
+def test_flash_attention_keeps_its_padding_mask():
+    """No flash kernel here: the masks are made as for one and looked at."""
+    model = tiny_model("llama-tiny")
+    model.config._attn_implementation = "flash_attention_2"
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    masks = model.model._make_masks(torch.zeros(2, 4, 96), mask, None, positions)
+    assert torch.equal(masks["full_attention"].long(), mask)

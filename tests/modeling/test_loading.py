@@ -86,7 +86,10 @@ REFUSED = {
         with_bytes(lambda b: b"[1]", CONFIG),
         "config.json must hold a JSON object, not list",
     ),
-    "other model type": (with_field(model_type="llama"), "describes a model of type 'llama', not a Tessera"),
+    "other model type": (
+        with_field(model_type="llama"),
+        "is of model type 'llama', not 'tessera'",
+    ),
     "wrong type": (with_field(hidden_size="96"), "config.json: Field 'hidden_size' expected int, got str"),
     "wrong type of several": (
         with_field(layer_types=[1]),

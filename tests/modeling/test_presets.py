@@ -8,7 +8,6 @@ from helpers.models import DIALECTS
 from tessera import TesseraConfig, TesseraForCausalLM
 from tessera.configs.presets import preset_names
 
-# Of the issue that brought them.
 WANTED = {
     *("bytegpt", "llama-100m", "verse-mini", "verse-7b", "verse-70b", "gpt2-124m", "gpt2-350m"),
     *(f"nanochat-d{depth}" for depth in (12, 20, 24, 26)),

@@ -53,7 +53,7 @@ def test_nanochat_starts_like_the_original():
         "model.embed_tokens.weight": lambda t: is_normal(t, 0.8),
         "lm_head.weight": lambda t: is_normal(t, 0.001),
         "model.smear.gate.weight": lambda t: t.min() >= 0 and 0.01 < t.max() <= 0.02,
-        "model.smear.scale": lambda t: not t.any(),
+        "model.smear.strength": lambda t: not t.any(),
         "model.backout_scale": lambda t: t.item() == pytest.approx(0.2),
     }
     scalars = {

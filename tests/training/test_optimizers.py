@@ -142,3 +142,11 @@ def test_one_learning_rate_scales_all_groups():
 def test_an_unknown_optimizer_is_refused():
     with pytest.raises(ValueError, match="must be 'muon' or 'adamw', got 'sgd'"):
         build_optimizer(tiny_model("llama-tiny"), "sgd")
+
+
+def test_a_model_with_nanochats_start_learns_at_nanochats_rates():
+    """The table in nanochat's setup_optimizer, for the width that its rates are given for."""
+    groups = {g["name"]: g for g in build_optimizer(tiny_model("nanochat-tiny")).param_groups}
+    rates = {name: groups[name]["lr"] for name in ("matrices", "embeddings", "value embeddings", "head")}
+    assert rates == {"matrices": 0.02, "embeddings": 0.3, "value embeddings": 0.15, "head": 0.008}
+    assert groups["embeddings"]["betas"] == (0.8, 0.95)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from tessera import TesseraConfig, TesseraForCausalLM
 from tessera.training import pretrain as trainer
+from tessera.training.checkpoints import find_checkpoint
 from tessera.training.pretrain import Run
 from tessera.training.schedules import cosine_with_warmup
 
@@ -498,3 +499,40 @@ def test_two_processes_train_the_same_model_as_one(preset, tmp_path):
     newest = sorted((two / "checkpoints").iterdir())[-1]
     states = [load_file(newest / f"random-{rank}.safetensors")["cpu"] for rank in (0, 1)]
     assert not torch.equal(*states), "dropout would be the same on both"
+
+
+def test_a_launchers_own_accumulation_does_not_divide_the_loss(tmp_path, monkeypatch):
+    for folder in ("plain", "set"):
+        (tmp_path / folder).mkdir()
+    plain = tiny_run(tmp_path / "plain")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    tiny_run(tmp_path / "set")
+    norms = [records(tmp_path / folder / "run", "grad_norm") for folder in ("plain", "set")]
+    assert norms[0] and [r["grad_norm"] for r in norms[0]] == [r["grad_norm"] for r in norms[1]]
+    assert plain.after.nats > 0
+
+
+def test_a_resumed_run_leaves_no_older_model_as_its_end(tmp_path, monkeypatch):
+    tiny_run(tmp_path, steps=3, checkpoint_minutes=1e-9)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(patch, 5)
+        tiny_run(tmp_path, resume=True, steps=8, checkpoint_minutes=1e-9)
+    found = find_checkpoint(tmp_path / "run")
+    assert int(found.name.removeprefix("step-")) > 3
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "adamw"), ("muon", "muon")])
+def test_bytegpts_own_json_trains_with_adamw_as_the_original(given, expected, tmp_path):
+    args = {
+        "dim": 48,
+        "inter_dim": 64,
+        "moe_inter_dim": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "n_routed_experts": 4,
+    }
+    args |= {"n_activated_experts": 2, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+    config = tmp_path / "bytegpt.json"
+    config.write_text(json.dumps({**args, "v_head_dim": 8, "max_seq_len": 64, "original_seq_len": 64}))
+    tiny_run(tmp_path, config=str(config), optimizer=given, learning_rate=1e-2)
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["optimizer"] == expected
