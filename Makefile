@@ -9,8 +9,9 @@ override VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
 PYTEST := $(PY) -m pytest -q $(PYTEST_ARGS)
-# The models of the tests are tiny: two processes of one thread each are faster than one of two.
-PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n 2
+# The models of the tests are tiny: two processes of one thread each are faster than one of two. Where there is a
+# GPU they leave it alone, and compare in fp32 on the CPU as everywhere.
+PARALLEL := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PYTEST) -n 2
 
 NO_VENV := echo "make setup: $(PYTHON) cannot make a virtual environment with pip in it; install its venv module" \
     "(on Debian or Ubuntu: apt install python3-venv) and run this again" >&2; exit 1
