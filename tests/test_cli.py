@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers.runs import write_config, write_text
+from helpers.runs import BYTEGPT, write_config, write_text
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
@@ -259,25 +259,6 @@ def test_a_place_that_cannot_be_written_is_refused_in_one_line(tessera, tmp_path
 
 
 # ---- from one end to the other ----
-
-BYTEGPT = {
-    "vocab_size": 256,
-    "dim": 48,
-    "inter_dim": 96,
-    "moe_inter_dim": 32,
-    "n_layers": 2,
-    "n_dense_layers": 1,
-    "n_heads": 2,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "n_activated_experts": 2,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "max_seq_len": 64,
-    "original_seq_len": 64,
-}
 
 
 def test_bytegpts_commands_train_and_generate(tmp_path):

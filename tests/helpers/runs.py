@@ -8,6 +8,27 @@ from tessera.training.pretrain import PretrainArguments, PretrainResult, pretrai
 REPETITIVE = "the quick brown fox jumps over the lazy dog. " * 80
 
 
+# A model of a few layers in ByteGPT's own words.
+BYTEGPT = {
+    "vocab_size": 256,
+    "dim": 48,
+    "inter_dim": 96,
+    "moe_inter_dim": 32,
+    "n_layers": 2,
+    "n_dense_layers": 1,
+    "n_heads": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_activated_experts": 2,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "max_seq_len": 64,
+    "original_seq_len": 64,
+}
+
+
 def write_text(folder: Path, text: str = REPETITIVE, name: str = "text.txt") -> str:
     path = folder / name
     path.write_text(text, encoding="utf-8")

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from helpers.models import DIALECTS
-from helpers.runs import REPETITIVE, tiny_arguments, tiny_run, write_config, write_text
+from helpers.runs import BYTEGPT, REPETITIVE, tiny_arguments, tiny_run, write_config, write_text
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -21,23 +21,6 @@ from tessera.training import pretrain as trainer
 from tessera.training.checkpoints import find_checkpoint
 from tessera.training.pretrain import Run
 from tessera.training.schedules import cosine_with_warmup
-
-BYTEGPT = {
-    "dim": 48,
-    "inter_dim": 96,
-    "moe_inter_dim": 32,
-    "n_layers": 2,
-    "n_heads": 2,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "n_activated_experts": 2,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 16,
-    "max_seq_len": 64,
-    "original_seq_len": 64,
-}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -523,16 +506,7 @@ def test_a_resumed_run_leaves_no_older_model_as_its_end(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "adamw"), ("muon", "muon")])
 def test_bytegpts_own_json_trains_with_adamw_as_the_original(given, expected, tmp_path):
-    args = {
-        "dim": 48,
-        "inter_dim": 64,
-        "moe_inter_dim": 32,
-        "n_layers": 2,
-        "n_heads": 4,
-        "n_routed_experts": 4,
-    }
-    args |= {"n_activated_experts": 2, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
     config = tmp_path / "bytegpt.json"
-    config.write_text(json.dumps({**args, "v_head_dim": 8, "max_seq_len": 64, "original_seq_len": 64}))
+    config.write_text(json.dumps(BYTEGPT))
     tiny_run(tmp_path, config=str(config), optimizer=given, learning_rate=1e-2)
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["optimizer"] == expected
