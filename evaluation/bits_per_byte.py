@@ -35,6 +35,7 @@ def text_loss(
     length: int,
     batch_size: int = 16,
     accelerator: Accelerator | None = None,
+    every: int = 1,
 ) -> TextLoss:
     """Mean loss over every token of a stream but the first, in non-overlapping windows.
 
@@ -48,6 +49,7 @@ def text_loss(
         length: positions in a window.
         batch_size: windows at a time.
         accelerator: of the run, for its precision and its other processes.
+        every: score only each n-th window, so that a sample comes from the whole text.
 
     Raises:
         ValueError: if there are fewer than two tokens.
@@ -61,9 +63,9 @@ def text_loss(
     was_training = model.training
     model.eval()
     whole = (len(ids) - 1) // length
-    rows = [ids[i * length : (i + 1) * length + 1] for i in range(whole)]
-    batches = [rows[i : i + batch_size] for i in range(0, whole, batch_size)]
-    if (len(ids) - 1) % length:
+    rows = [ids[i * length : (i + 1) * length + 1] for i in range(0, whole, every)]
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    if (len(ids) - 1) % length and (every == 1 or not rows):
         batches.append([ids[whole * length :]])
     total = torch.zeros((), dtype=torch.float64, device="cpu")
     for batch in batches[accelerator.process_index :: accelerator.num_processes]:
@@ -77,5 +79,5 @@ def text_loss(
     model.train(was_training)
     # Summed in fp32 where a device knows no doubles; the sum of a few processes loses nothing that shows.
     total = accelerator.reduce(total.float().to(device), "sum").item()
-    count = len(ids) - 1
+    count = sum((len(row) - 1) for batch in batches for row in batch)
     return TextLoss(total / count, count, num_bytes * count / len(ids))

@@ -71,7 +71,7 @@ class PretrainArguments:
             `clip` is the largest gradient norm, 0 for none.
         seed: of weights, data order and dropout.
         evaluations: validation passes during the run, beside those at its start and end.
-        eval_tokens: tokens of the validation text that those during the run see; the last sees all.
+        eval_tokens: tokens, about, of the validation text that those during the run see; the last sees all.
         checkpoint_minutes: minutes between checkpoints; 0 for none but the last.
         gradient_checkpointing: recompute activations in the backward pass.
         sample_prompt, sample_tokens: text that samples start with, and their length.
@@ -415,11 +415,11 @@ class Run:
         return accelerator.reduce(total, "sum").item(), float(norm)
 
     def _evaluate(self, whole: bool) -> TextLoss:
-        ids = self.val.ids if whole else self.val.ids[: self.args.eval_tokens]
-        num_bytes = self.val.num_bytes * len(ids) / len(self.val.ids)
+        every = 1 if whole else math.ceil(len(self.val.ids) / self.args.eval_tokens)
         fitting = LOGITS_AT_A_TIME // (self.length * self.model.config.padded_vocab_size)
         batch_size = max(1, min(16, fitting))
-        return text_loss(self.wrapped, ids, num_bytes, self.length, batch_size, self.accelerator)
+        ids, num_bytes = self.val.ids, self.val.num_bytes
+        return text_loss(self.wrapped, ids, num_bytes, self.length, batch_size, self.accelerator, every)
 
     # ---- what it writes ----
 

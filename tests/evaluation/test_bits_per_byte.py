@@ -50,6 +50,21 @@ def test_loss_equals_a_loop_over_single_tokens(count, batch_size):
     assert loss.nats == pytest.approx(nats_one_by_one(model, ids, 16), abs=1e-4)
 
 
+@pytest.mark.parametrize("count", [100, 97, 10])
+def test_a_sample_is_every_nth_window_of_the_whole_text(count):
+    model, ids = tiny_model("llama-tiny"), random_ids(count)
+    loss = text_loss(model, ids, num_bytes=2 * count, length=16, batch_size=2, every=3)
+    starts = list(range(0, (count - 1) // 16, 3)) or [0]
+    windows = [ids[16 * i : 16 * i + 17] for i in starts]
+    targets = [len(window) - 1 for window in windows]
+    expected = sum(n * nats_one_by_one(model, w, 16) for n, w in zip(targets, windows, strict=True)) / sum(
+        targets
+    )
+    assert loss.tokens == sum(targets)
+    assert loss.nats == pytest.approx(expected, abs=1e-4)
+    assert loss.num_bytes == pytest.approx(2 * sum(targets))
+
+
 def test_a_model_that_knows_nothing_needs_the_logarithm_of_its_vocabulary():
     loss = text_loss(Fixed(torch.zeros(VOCABULARY)), random_ids(100), num_bytes=100, length=16)
     assert loss.nats == pytest.approx(math.log(VOCABULARY), rel=1e-6)
