@@ -1,0 +1,307 @@
+"""Documents of text from where they are: files and folders on this machine, datasets on the Hub.
+
+What belongs here: finding what a user named and reading it one document at a time, so that memory does not
+grow with the size of the data. What is done with the text (filters, tokens) is none of this file's business.
+
+- Text files (.txt, .md, ...; any other file that is named itself) hold several documents if they have lines
+  `<|endoftext|>`, which stand between documents; otherwise a file is one document. One of more than a
+  megabyte is cut after the next blank line (failing that, line end), so that no file is held in memory.
+- Tables hold a document a row: JSON lines, one JSON array, parquet.
+- All but parquet may be compressed: .gz, .xz.
+- A folder is every such file below it in the order of their paths. Plain .json files count only where a
+  folder holds nothing else, since they mostly describe what lies beside them; hidden files never do.
+- `org/name` that is no file is a dataset on the Hub.
+"""
+
+import gzip
+import json
+import lzma
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from .text import TEXT_SUFFIXES
+
+SEPARATOR = "<|endoftext|>"
+ROW_SUFFIXES = {".jsonl", ".json", ".parquet"}
+COMPRESSIONS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
+# Characters after which a document is cut where it next can be; at three times that, anywhere.
+PIECE = 2**20
+# Rows of a Hub dataset that are held and drawn from in random order: 20 MB or so of web pages.
+SHUFFLE_ROWS = 10_000
+
+
+def read_texts(
+    sources: list[str],
+    *,
+    column: str = "text",
+    split: str = "train",
+    name: str | None = None,
+    streaming: bool = True,
+    limit_bytes: int | None = None,
+    seed: int | None = None,
+) -> Iterator[str]:
+    """Reads documents one at a time; empty ones are left out.
+
+    Args:
+        sources: files, folders, or datasets on the Hub (`org/name`).
+        column: column of JSON lines, parquet and Hub datasets that holds the text.
+        split: split of Hub datasets.
+        name: configuration of Hub datasets, such as `en`.
+        streaming: read Hub datasets as they come, instead of downloading them first.
+        limit_bytes: stop with the document that reaches so many UTF-8 bytes. The sources then take turns, so
+            that each gives an equal part; without a limit each is read to its end before the next.
+        seed: shuffle the files of Hub datasets, and within a buffer their rows; None for their own order.
+
+    Yields:
+        Documents that can be encoded as UTF-8: what was not UTF-8 is U+FFFD.
+
+    Raises:
+        ValueError: if there is no such source, nothing in it to read, no such column, or a broken file. What
+            can be told without reading is told before the first document.
+    """
+    if not sources:
+        raise ValueError("there is nothing to read: give a file, a folder, or a Hub dataset (org/name)")
+    if limit_bytes is not None and limit_bytes <= 0:
+        raise ValueError(f"the limit of text to read must be positive, got {limit_bytes} bytes")
+    streams = [
+        read_source(source, column=column, split=split, name=name, streaming=streaming, seed=seed)
+        for source in sources
+    ]
+    return _read_all(streams, limit_bytes)
+
+
+def read_source(
+    source: str,
+    *,
+    column: str = "text",
+    split: str = "train",
+    name: str | None = None,
+    streaming: bool = True,
+    seed: int | None = None,
+) -> Iterator[str]:
+    """Reads one source; arguments and errors are those of `read_texts`."""
+    path = Path(source).expanduser()
+    if source and path.exists():  # an empty one would be the current folder
+        texts = _read_files(_files_of(path), column)
+    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and _kind(path) is None:
+        texts = _read_hub(source, column, split, name, streaming, seed)
+    else:
+        raise ValueError(f"there is no file or folder {source}, and a Hub dataset is written org/name")
+    return _without_empty(texts, source)
+
+
+def _read_all(streams: list[Iterator[str]], limit_bytes: int | None) -> Iterator[str]:
+    if limit_bytes is None:
+        for stream in streams:
+            yield from stream
+        return
+    read = dict.fromkeys(range(len(streams)), 0)
+    total = 0
+    while read and total < limit_bytes:
+        turn = min(read, key=read.__getitem__)
+        text = next(streams[turn], None)
+        if text is None:
+            del read[turn]
+            continue
+        size = len(text.encode("utf-8"))
+        read[turn] += size
+        total += size
+        yield text
+
+
+def _without_empty(texts: Iterator[str], source: str) -> Iterator[str]:
+    found = False
+    for text in texts:
+        if text and not text.isspace():
+            found = True
+            yield _encodable(text)
+    if not found:
+        raise ValueError(f"{source} is empty: there is no text in it")
+
+
+def _encodable(text: str) -> str:
+    """The text with U+FFFD for lone surrogates, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+# ---- files ----
+
+
+def _suffixes(path: Path) -> tuple[str, str]:
+    """Suffix and compression: (".jsonl", ".gz")."""
+    last = path.suffix.lower()
+    return (Path(path.stem).suffix.lower(), last) if last in COMPRESSIONS else (last, "")
+
+
+def _kind(path: Path) -> str | None:
+    """`rows`, `json` (plain, which may be anything), `text`, or None for what a folder does not give."""
+    suffix, compression = _suffixes(path)
+    if suffix in ROW_SUFFIXES:
+        return "json" if (suffix, compression) == (".json", "") else "rows"
+    return "text" if suffix in TEXT_SUFFIXES else None
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    found: dict[str | None, list[Path]] = {}
+    for file in sorted(path.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+        if not hidden and file.is_file():
+            found.setdefault(_kind(file), []).append(file)
+    files = sorted(found.get("text", []) + found.get("rows", [])) or found.get("json", [])
+    if not files:
+        known = ", ".join(sorted(TEXT_SUFFIXES | ROW_SUFFIXES))
+        raise ValueError(f"no text in {path} (looked for {known}, the text ones also as .gz or .xz)")
+    return files
+
+
+def _read_files(files: list[Path], column: str) -> Iterator[str]:
+    for file in files:
+        suffix, _ = _suffixes(file)
+        if suffix == ".parquet":
+            yield from _read_parquet(file, column)
+        elif suffix in ROW_SUFFIXES:
+            yield from _read_json(file, column)
+        else:
+            yield from _read_text(file)
+
+
+def _open(file: Path) -> IO[str]:
+    # Line ends stay as they are; only a byte order mark at the beginning is no text.
+    opener = COMPRESSIONS.get(_suffixes(file)[1], open)
+    return opener(file, "rt", encoding="utf-8-sig", errors="replace", newline="")
+
+
+def _read_text(file: Path) -> Iterator[str]:
+    parts: list[str] = []
+    length = 0
+    separated = False
+    try:
+        with _open(file) as stream:
+            # A line can be as long as the file.
+            while line := stream.readline(PIECE):
+                if line.startswith(SEPARATOR) and line.strip() == SEPARATOR:
+                    separated = True
+                    yield "".join(parts).strip("\r\n")
+                    parts, length = [], 0
+                    continue
+                parts.append(line)
+                length += len(line)
+                cut_here = line.isspace() or (length >= 2 * PIECE and line.endswith("\n"))
+                if length >= PIECE and (cut_here or length >= 3 * PIECE):
+                    yield "".join(parts)
+                    parts, length = [], 0
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+        raise ValueError(f"{file} cannot be unpacked: {error}") from error
+    text = "".join(parts)
+    yield text.strip("\r\n") if separated else text
+
+
+def _read_json(file: Path, column: str) -> Iterator[str]:
+    try:
+        with _open(file) as stream:
+            first = stream.read(1)
+            while first.isspace():
+                first = stream.read(1)
+            stream.seek(0)
+            if first == "[":
+                rows = json.load(stream)
+                numbered: Any = enumerate(rows, start=1)
+                unit = "row"
+            else:
+                numbered = ((number, line) for number, line in enumerate(stream, start=1) if line.strip())
+                unit = "line"
+            for number, row in numbered:
+                where = f"{file}, {unit} {number}"
+                yield _text_of(json.loads(row) if unit == "line" else row, column, where)
+    except json.JSONDecodeError as error:
+        place = f"line {number}" if first != "[" else "which begins as a JSON array"
+        raise ValueError(f"{file}, {place}, is not JSON: {error}") from error
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+        raise ValueError(f"{file} cannot be unpacked: {error}") from error
+
+
+def _read_parquet(file: Path, column: str) -> Iterator[str]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise ValueError(f"{file} needs pyarrow to be read: pip install 'tessera-lm[data]'") from error
+    try:
+        table = parquet.ParquetFile(file)
+        _require_column(column, table.schema_arrow.names, str(file))
+        for batch in table.iter_batches(batch_size=1024, columns=[column]):
+            for value in batch.column(0).to_pylist():
+                yield _text_of({column: value}, column, str(file))
+    except pa.ArrowException as error:
+        raise ValueError(f"{file} is no whole parquet file: {str(error).splitlines()[0]}") from error
+
+
+def _text_of(row: Any, column: str, where: str) -> str:
+    """The text of a row; none for a null."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected an object with a column {column!r}, got {type(row).__name__}")
+    _require_column(column, list(row), where)
+    text = row[column]
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{where}: the column {column!r} holds {type(text).__name__}, expected text")
+    return text or ""
+
+
+def _require_column(column: str, columns: list[str], where: str) -> None:
+    if column not in columns:
+        raise ValueError(f"{where}: there is no column {column!r}; there are {', '.join(columns)}")
+
+
+# ---- the Hub ----
+
+
+def _read_hub(
+    dataset: str, column: str, split: str, name: str | None, streaming: bool, seed: int | None
+) -> Iterator[str]:
+    try:
+        from datasets import load_dataset
+        from datasets.utils.logging import disable_progress_bar
+    except ImportError as error:
+        raise ValueError(f"the Hub dataset {dataset} needs: pip install 'tessera-lm[data]'") from error
+    disable_progress_bar()
+    title = f"the Hub dataset {dataset}" + (f" ({name})" if name else "")
+    try:
+        rows = load_dataset(dataset, name, split=split, streaming=streaming)
+        columns = rows.column_names  # None where only the data tell
+        if columns is not None:
+            _require_column(column, columns, title)
+            rows = rows.select_columns([column])
+        if seed is not None:
+            rows = rows.shuffle(seed=seed, **({"buffer_size": SHUFFLE_ROWS} if streaming else {}))
+        rows = iter(rows)
+    except ValueError as error:
+        # Also how `datasets` says that there is no such split or configuration, and which there are.
+        message = " ".join(str(error).split())
+        raise ValueError(message if message.startswith(title) else f"{title}: {message}") from error
+    except Exception as error:
+        raise _unreachable(title, error) from error
+    return _read_rows(rows, column, title)
+
+
+def _read_rows(rows: Iterator[dict], column: str, title: str) -> Iterator[str]:
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:  # of the network, of the files, of any library in between
+            raise _unreachable(title, error) from error
+        if row is None:
+            return
+        yield _text_of(row, column, title)
+
+
+def _unreachable(title: str, error: Exception) -> ValueError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ValueError(f"{title} cannot be read: {reason}")

@@ -1,0 +1,316 @@
+"""Token ids on disk: `train.bin`, `val.bin` and what is known of them.
+
+What belongs here: the format, that is writing it and reading it back with every check that saves a training
+run from wrong data. A prepared folder holds
+
+- `train.bin`, `val.bin`: token ids one after the other, little-endian uint8, uint16 or uint32, whichever is
+  the smallest that holds the vocabulary;
+- `train.idx`, `val.idx`: where each document starts, in tokens, and the end: little-endian uint64. A document
+  includes the separator after it;
+- `data_meta.json`: type, counts, sha256 of each file, tokenizer, sources and filters (`data/prepare.py`);
+- `tokenizer/`: what `AutoTokenizer` loads.
+
+Folders that others have tokenized need less: both `.bin`, a `data_meta.json` that may be nearly empty, and
+`tokenizer/` with a `tokenizer.json` or a SentencePiece model.
+"""
+
+import json
+import os
+import shutil
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .hashing import file_sha256
+from .text import Tokens
+
+FORMAT = 1
+META = "data_meta.json"
+SPLITS = ("train", "val")
+DTYPES = {"uint8": "<u1", "uint16": "<u2", "uint32": "<u4"}
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A prepared folder, opened.
+
+    Attributes:
+        train: tokens to train on; `ids` is a memory map. Where the folder does not say how many bytes they
+            stand for, `num_bytes` is estimated by the rate of `val`.
+        val: held-out tokens.
+        meta: `data_meta.json`, with the counts that it lacks.
+        tokenizer: directory that `AutoTokenizer` loads; None for bytes.
+    """
+
+    train: Tokens
+    val: Tokens
+    meta: dict
+    tokenizer: Path | None
+
+
+def smallest_dtype(vocab_size: int) -> str:
+    """Name of the smallest type that holds every id of a vocabulary."""
+    return next(name for name, code in DTYPES.items() if vocab_size <= np.iinfo(np.dtype(code)).max + 1)
+
+
+class TokenWriter:
+    """Writes one split, document by document.
+
+    Args:
+        folder: where `<split>.bin` and `<split>.idx` go.
+        split: `train` or `val`.
+        dtype: name of the type, of `DTYPES`.
+        separator: ids between documents.
+        ends_documents: whether the separator also follows the last document, as an end-of-text token does.
+    """
+
+    def __init__(self, folder: Path, split: str, dtype: str, separator: list[int], ends_documents: bool):
+        self._bin = (folder / f"{split}.bin").open("w+b")
+        self._idx = folder / f"{split}.idx"
+        self._type = np.dtype(DTYPES[dtype])
+        self._separator = np.asarray(separator, dtype=self._type)
+        self._ends_documents = ends_documents
+        self._starts = array("Q")
+        self._text_bytes = 0
+        self.tokens = 0
+        self.max_id = 0
+
+    @property
+    def documents(self) -> int:
+        """Documents so far."""
+        return len(self._starts)
+
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of the text so far, with one for each separator that has text on both sides."""
+        return self._text_bytes + max(self.documents - 1, 0)
+
+    def add(self, ids: np.ndarray, num_bytes: int) -> int:
+        """Adds a document and returns the tokens that it takes with its separator."""
+        before = self.tokens
+        if not self._ends_documents and self.documents:
+            self._put(self._separator)
+        self._starts.append(self.tokens)
+        self._put(ids.astype(self._type, copy=False))
+        if self._ends_documents:
+            self._put(self._separator)
+        self._text_bytes += num_bytes
+        return self.tokens - before
+
+    def pop(self, num_bytes: int) -> np.ndarray:
+        """Takes the last document out again; its bytes are those that it was added with."""
+        start = self._starts.pop()
+        size = self._type.itemsize
+        self._bin.seek(start * size)
+        ids = np.frombuffer(self._bin.read(), dtype=self._type)
+        if self._ends_documents:
+            ids = ids[: len(ids) - len(self._separator)]
+        elif self.documents:
+            start -= len(self._separator)
+        self._bin.seek(start * size)
+        self._bin.truncate()
+        self.tokens = start
+        self._text_bytes -= num_bytes
+        return ids
+
+    def close(self) -> dict:
+        """Finishes both files and returns their counts."""
+        self._bin.close()
+        np.array([*self._starts, self.tokens], dtype="<u8").tofile(self._idx)
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "bytes": self.num_bytes,
+            "max_id": self.max_id,
+        }
+
+    def _put(self, ids: np.ndarray) -> None:
+        if len(ids):
+            self._bin.write(ids.tobytes())
+            self.tokens += len(ids)
+            self.max_id = max(self.max_id, int(ids.max()))
+
+
+def is_prepared(path: str | Path) -> bool:
+    """Whether a path is a folder of tokens, whole or not, rather than one of text."""
+    path = Path(path)
+    return path.is_dir() and ((path / META).is_file() or (path / "train.bin").is_file())
+
+
+def open_prepared(folder: str | Path, *, verify: bool = False) -> PreparedData:
+    """Opens a folder of tokens as memory maps.
+
+    Args:
+        folder: what `tessera data prepare` or `tessera data download` wrote, or the like.
+        verify: read everything: hash each file, and look at every id instead of a sample.
+
+    Raises:
+        ValueError: if files are missing, cut short, of unknown type or not those that were written; if ids
+            are beyond the vocabulary.
+    """
+    folder = Path(folder)
+    meta = _read_meta(folder)
+    ids = {split: _map_ids(folder, split, meta) for split in SPLITS}
+    if verify:
+        _verify_hashes(folder, meta)
+    for split in SPLITS:
+        _check_ids(folder / f"{split}.bin", ids[split], meta.get("vocab_size"), whole=verify)
+    tokenizer = _find_tokenizer(folder)
+    val_bytes = meta.get("val", {}).get("bytes")
+    if val_bytes is None:
+        val_bytes = _count_bytes(ids["val"], tokenizer, meta, folder)
+    train_bytes = meta.get("train", {}).get("bytes")
+    if train_bytes is None:
+        train_bytes = round(len(ids["train"]) * val_bytes / len(ids["val"]))
+    for split, num_bytes in (("train", train_bytes), ("val", val_bytes)):
+        meta[split] = {**meta[split], "tokens": len(ids[split]), "bytes": num_bytes}
+    return PreparedData(Tokens(ids["train"], train_bytes), Tokens(ids["val"], val_bytes), meta, tokenizer)
+
+
+def decode_start(data: PreparedData, split: str, characters: int) -> str:
+    """The beginning of a split as text, control tokens and all."""
+    # No tokenizer has fewer than a quarter of a character a token for long.
+    ids = getattr(data, split).ids[: 4 * characters]
+    if data.tokenizer is None:
+        return ids.tobytes().decode("utf-8", errors="replace")[:characters]
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(data.tokenizer).decode(ids.tolist())[:characters]
+
+
+def _read_meta(folder: Path) -> dict:
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; write it with tessera data prepare")
+    if not (folder / META).is_file():
+        raise ValueError(f"{folder} has no {META}: it is no prepared data, or not all of it is there")
+    try:
+        meta = json.loads((folder / META).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / META} is not JSON: {error}") from error
+    if not isinstance(meta, dict):
+        raise ValueError(f"{folder / META} holds a {type(meta).__name__}, expected an object")
+    if isinstance(meta.get("format"), int) and meta["format"] > FORMAT:
+        raise ValueError(
+            f"{folder} is in format {meta['format']}, this version reads up to {FORMAT}: update tessera-lm"
+        )
+    # Others write "<u2" or "numpy.uint16" for the same.
+    given = str(meta.get("dtype", "uint16"))
+    names = {code: name for name, code in DTYPES.items()}
+    dtype = names.get(given, given.removeprefix("numpy.").removeprefix("np."))
+    if dtype not in DTYPES:
+        raise ValueError(f"{folder / META} names the type {given!r}, expected one of {', '.join(DTYPES)}")
+    # Other packages have a split's name for a number.
+    counts = {split: meta[split] if isinstance(meta.get(split), dict) else {} for split in SPLITS}
+    return {**meta, **counts, "dtype": dtype}
+
+
+def _map_ids(folder: Path, split: str, meta: dict) -> np.ndarray:
+    path = folder / f"{split}.bin"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {path.name}")
+    dtype = np.dtype(DTYPES[meta["dtype"]])
+    size = path.stat().st_size
+    counts = meta[split]
+    tokens = counts.get("tokens", size // dtype.itemsize)
+    if size != tokens * dtype.itemsize:
+        raise ValueError(
+            f"{path} has {size} bytes, but {tokens} tokens of {meta['dtype']} are {tokens * dtype.itemsize}: "
+            "it is cut short or not the file that was written"
+        )
+    if tokens < 2:
+        raise ValueError(f"{path} holds {tokens} tokens, too few to learn or to score anything")
+    idx = folder / f"{split}.idx"
+    if idx.is_file():
+        starts = read_starts(folder, split)
+        documents = counts.get("documents", len(starts) - 1)
+        if len(starts) != documents + 1 or starts[0] != 0 or starts[-1] != tokens:
+            raise ValueError(
+                f"{idx} does not fit {path.name}: it is cut short or not the file that was written"
+            )
+    elif "documents" in counts:
+        raise ValueError(f"{folder} has no {idx.name}")
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def read_starts(folder: str | Path, split: str) -> np.ndarray:
+    """Where the documents of a split start, in tokens, and the end: a memory map [documents + 1], uint64.
+
+    Raises:
+        ValueError: if the file is missing or not whole numbers of 8 bytes.
+    """
+    path = Path(folder) / f"{split}.idx"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {path.name}")
+    if path.stat().st_size % 8 or not path.stat().st_size:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, expected a multiple of 8: it is cut short")
+    return np.memmap(path, dtype="<u8", mode="r")
+
+
+def _verify_hashes(folder: Path, meta: dict) -> None:
+    for name, expected in (meta.get("sha256") or {}).items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}")
+        if (found := file_sha256(folder / name)) != expected:
+            raise ValueError(f"{folder / name} is damaged: its sha256 is {found}, {META} says {expected}")
+
+
+def _check_ids(path: Path, ids: np.ndarray, vocab_size: int | None, whole: bool) -> None:
+    if vocab_size is None:
+        return
+    block = 2**12 if not whole else 2**22
+    # Of a large file 256 places, evenly spread.
+    step = block if whole else max(len(ids) // 256, block)
+    for start in range(0, len(ids), step):
+        if (found := int(ids[start : start + block].max())) >= vocab_size:
+            raise ValueError(
+                f"{path} holds the id {found}, beyond the vocabulary of {vocab_size}: "
+                "another tokenizer wrote it, or its type is not the one that is named"
+            )
+
+
+def _find_tokenizer(folder: Path) -> Path | None:
+    """The directory of the tokenizer; a SentencePiece model alone is converted beside it, once."""
+    given = folder / "tokenizer"
+    if (given / "tokenizer.json").is_file() or not given.is_dir():
+        return given if given.is_dir() else None
+    models = sorted(given.glob("*.model"))
+    if not models:
+        raise ValueError(f"{given} holds neither tokenizer.json nor a SentencePiece model")
+    converted = folder / "tokenizer-converted"
+    if not (converted / "tokenizer.json").is_file():
+        from tessera.tokenization import import_tokenizer
+
+        # Several processes of one run may get here at once: each has its own name, the first to end wins.
+        aside = folder / f".tokenizer-{os.getpid()}.partial"
+        try:
+            # Without chat tokens, which would be ids that the tokens were not made with.
+            import_tokenizer(str(models[0]), chat=False).save_pretrained(aside)
+            aside.rename(converted)
+        except OSError:
+            if not (converted / "tokenizer.json").is_file():
+                raise
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    return converted
+
+
+def _count_bytes(ids: np.ndarray, tokenizer: Path | None, meta: dict, folder: Path) -> int:
+    """Bytes of the text that ids stand for, by decoding them document by document."""
+    if tokenizer is None:
+        if meta["dtype"] == "uint8":
+            return len(ids)
+        raise ValueError(f"{folder} has no tokenizer/, so that nobody knows what its ids mean")
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    ends = np.flatnonzero(np.isin(ids, [loaded.eos_token_id])) if loaded.eos_token_id is not None else []
+    total = documents = start = 0
+    for end in [*map(int, ends), len(ids)]:
+        if end > start:
+            text = loaded.decode(ids[start:end].tolist(), skip_special_tokens=True)
+            total += len(text.encode("utf-8"))
+            documents += 1
+        start = end + 1
+    return total + max(documents - 1, 0)
