@@ -6,7 +6,6 @@ process's random state as safetensors, `state.json`, and `manifest.json` with th
 pickle is written or read.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -17,6 +16,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+
+from tessera.data.hashing import file_sha256
 
 MANIFEST = "manifest.json"
 
@@ -66,7 +67,7 @@ def save_checkpoint(
         _write_json(aside / "state.json", {"step": step, **state})
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _write_json(aside / MANIFEST, {file.name: _sha256(file) for file in sorted(aside.iterdir())})
+        _write_json(aside / MANIFEST, {file.name: file_sha256(file) for file in sorted(aside.iterdir())})
         if final.exists():
             final.rename(folder / f".{final.name}.old")
         aside.rename(final)
@@ -125,7 +126,7 @@ def verify(path: Path) -> str | None:
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if _sha256(file) != expected:
+        if file_sha256(file) != expected:
             return f"{name} is not what was written"
     return None
 
@@ -193,11 +194,3 @@ def _step_of(path: Path) -> int:
 
 def _write_json(file: Path, values: dict) -> None:
     file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -1,39 +1,199 @@
-"""From what a run is told to what it reads: a tokenizer that fits the model, text as one stream of tokens."""
+"""From what a run is told to what it reads: a configuration, a tokenizer that fits, two streams of tokens.
 
+What belongs here: reading `--config`, `--tokenizer` and `--data`, and whether they go together.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer
 
-from tessera.data.text import Tokens
+from tessera.configs.recipes import read_yaml
+from tessera.configs.resolve import resolve_config
+from tessera.conversion.model_args import config_from_model_args, is_model_args
+from tessera.data.text import Tokens, read_documents, split_documents
+from tessera.data.token_files import PreparedData, is_prepared, open_prepared
 from tessera.modeling.configuration_tessera import TesseraConfig
+from tessera.modeling.loading import first_sentence, read_config, read_json
 from tessera.tokenization import build_byte_tokenizer
 
+from .pipeline_names import model_in_our_words
 
-def load_tokenizer(given: str | None, config: TesseraConfig):
-    """The tokenizer of a run, and the configuration with a vocabulary that it fits.
+TOKENIZER_META = "tokenizer_meta.json"
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass
+class Corpus:
+    """What a run reads.
+
+    Attributes:
+        tokenizer: of the tokens.
+        source: the directory it came from, if it came from one.
+        train, val: the two streams; memory-mapped where they were prepared.
+        written_hash: sha256 of the training tokens, where it was written down with them.
+    """
+
+    tokenizer: object
+    source: Path | None
+    train: Tokens
+    val: Tokens
+    written_hash: str | None = None
+
+    @cached_property
+    def train_hash(self) -> str:
+        """sha256 that says which tokens these are; hashed once, of prepared tokens read from their notes."""
+        return self.written_hash or hashlib.sha256(np.ascontiguousarray(self.train.ids)).hexdigest()
+
+    @property
+    def tokenizer_meta(self) -> Path | None:
+        """The notes on the tokenizer that transformers does not copy with it."""
+        path = self.source and self.source / TOKENIZER_META
+        return path if path and path.is_file() else None
+
+
+def open_corpus(
+    data: str, tokenizer: str | None, config: TesseraConfig, follow: bool
+) -> tuple[Corpus, TesseraConfig]:
+    """The tokens of a run and the configuration whose vocabulary fits them.
+
+    Args:
+        data: a folder of prepared tokens, a text file, or a folder of text files.
+        tokenizer: directory or Hub name; that of prepared tokens, or bytes for text, if not given.
+        config: of the model.
+        follow: whether the model's vocabulary may become the tokenizer's.
 
     Raises:
-        ValueError: if it cannot be loaded, or has more tokens than the model.
+        ValueError: if one of them cannot be read, they do not fit each other, or there is too little text.
+    """
+    if is_prepared(data):
+        return _open_tokens(open_prepared(data), data, tokenizer, config, follow)
+    loaded, source = load_tokenizer(tokenizer)
+    config = fit_vocabulary(config, loaded, tokenizer, follow)
+    train, val = split_documents(read_documents(data))
+    if not val:
+        raise ValueError(f"{data} leaves no text for validation; give more of it")
+    corpus = Corpus(loaded, source, encode(loaded, train), encode(loaded, val))
+    if len(corpus.val.ids) < 2:
+        raise ValueError(f"{data} is too short: its last tenth is for validation")
+    return corpus, config
+
+
+def _open_tokens(
+    prepared: PreparedData, data: str, given: str | None, config: TesseraConfig, follow: bool
+) -> tuple[Corpus, TesseraConfig]:
+    own = None if prepared.tokenizer is None else str(prepared.tokenizer)
+    tokenizer, source = load_tokenizer(own)
+    if given is not None:
+        theirs, tokenizer = tokenizer, load_tokenizer(given)[0]
+        if _backend(theirs) != _backend(tokenizer):
+            raise ValueError(
+                f"{data} was encoded with another tokenizer than {given}; leave --tokenizer out, or prepare "
+                "the text with that one"
+            )
+        source = Path(given) if Path(given).is_dir() else None
+    config = fit_vocabulary(config, tokenizer, given or own, follow)
+    for ids in (prepared.train.ids, prepared.val.ids):
+        _require_ids_below(config.vocab_size, ids, data)
+    hashes = prepared.meta.get("sha256") or {}
+    return Corpus(tokenizer, source, prepared.train, prepared.val, hashes.get("train.bin")), config
+
+
+def _require_ids_below(size: int, ids: np.ndarray, data: str) -> None:
+    """Looks at 256 places, evenly spread: an id that the model does not have would end the run in mid-air."""
+    block = 2**12
+    for start in range(0, len(ids), max(len(ids) // 256, block)):
+        if (found := int(ids[start : start + block].max())) >= size:
+            raise ValueError(f"{data} holds the token {found}, beyond the model's vocabulary of {size}")
+
+
+def _backend(tokenizer) -> str:
+    """What text becomes which ids by; chat templates and the like are not in it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
+
+
+def read_model_config(given: str) -> tuple[TesseraConfig, bool]:
+    """The configuration that `--config` means, and whether it is a preset, whose vocabulary is anybody's.
+
+    Args:
+        given: a preset, a Tessera or ByteGPT JSON file, a directory, or a YAML file in the names of Hugging
+            Face's Llama or in Tessera's, whose `preset` or `base` names the preset that lies under it.
+
+    Raises:
+        ValueError: if it is none of them, or does not validate.
+    """
+    path = Path(given)
+    if path.suffix not in (".yaml", ".yml"):
+        return resolve_config(given), not (path.exists() or path.suffix == ".json")
+    values = read_yaml(path)
+    try:
+        if is_model_args(values):
+            return config_from_model_args(values), False
+        values = model_in_our_words(values, given)
+        preset = values.pop("preset", None)
+        if preset is not None:
+            return TesseraConfig.from_preset(str(preset), **values), False
+        return TesseraConfig(**values), False
+    except (StrictDataclassError, ValueError) as error:
+        raise ValueError(f"--config {given}: {first_sentence(error)}") from error
+
+
+def adopt_vocabulary(config: TesseraConfig, weights: Path) -> TesseraConfig:
+    """A preset's configuration with the vocabulary that a run gave to weights of that preset."""
+    file = weights / "config.json"
+    values = read_json(file) if file.is_file() else {}
+    if values.get("model_type") != config.model_type:
+        return config
+    theirs = read_config(file)
+    names = ("vocab_size", "padded_vocab_size", *SPECIAL_IDS)
+    return TesseraConfig.from_dict({**config.to_dict(), **{name: getattr(theirs, name) for name in names}})
+
+
+def load_tokenizer(given: str | None) -> tuple[object, Path | None]:
+    """The tokenizer of a run, and the directory that it came from; bytes if none is given.
+
+    Raises:
+        ValueError: if it cannot be loaded.
     """
     if given is None:
-        if config.vocab_size != 256:
-            values = {**config.to_dict(), "vocab_size": 256, "padded_vocab_size": None}
-            values.update(bos_token_id=None, eos_token_id=None, pad_token_id=None)
-            config = TesseraConfig.from_dict(values)
-        return build_byte_tokenizer(), config
+        return build_byte_tokenizer(), None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(given)
+        return AutoTokenizer.from_pretrained(given), Path(given) if Path(given).is_dir() else None
     except Exception as error:  # tokenizers raises nothing narrower for a broken file
         reason = str(error).splitlines()[0]
         if Path(given).is_dir():
             reason = "that directory holds no tokenizer that transformers can read"
         raise ValueError(f"tokenizer {given} cannot be loaded: {reason}") from error
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(
-            f"tokenizer {given} has {len(tokenizer)} tokens, the model's vocabulary only {config.vocab_size}"
-        )
-    return tokenizer, config
+
+
+def fit_vocabulary(config: TesseraConfig, tokenizer, given: str | None, follow: bool) -> TesseraConfig:
+    """The configuration with the tokenizer's vocabulary and special tokens, or as it is if that fits.
+
+    Without a tokenizer the model is one of bytes, whatever its configuration says.
+
+    Raises:
+        ValueError: if the tokenizer has more tokens than a model that may not change.
+    """
+    size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+    special = {name: getattr(tokenizer, name) for name in SPECIAL_IDS}
+    if given is None and config.vocab_size != size:
+        follow = True
+    if not follow:
+        if size > config.vocab_size:
+            raise ValueError(
+                f"tokenizer {given} has {size} tokens, the model's vocabulary only {config.vocab_size}: a "
+                f"preset without weights takes the tokenizer's, a file needs vocab_size {size} or more"
+            )
+        return config
+    values = {**config.to_dict(), **special}
+    if size != config.vocab_size:
+        values.update(vocab_size=size, padded_vocab_size=None)
+    return TesseraConfig.from_dict(values)
 
 
 def encode(tokenizer, documents: list[bytes]) -> Tokens:

@@ -8,12 +8,11 @@ processes;
 - progress, and with it the learning rate, is the larger share of steps and of minutes that is used up;
 - a run directory is a Hugging Face model at every checkpoint and at its end.
 
-What belongs here: the loop and what it is told. Optimizers, schedules, checkpoints and pictures have their
-own files.
+What belongs here: the loop and what it leaves. What it is told, what it reads, optimizers, schedules,
+checkpoints and pictures have their own files.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -27,96 +26,30 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast, parse_flag_from_env, set_seed
 from tqdm import tqdm
 
-from tessera.configs.resolve import is_byte_gpt_file, resolve_config
-from tessera.data.text import Windows, read_documents, split_documents
+from tessera.configs.recipes import RECIPE_FILE
+from tessera.configs.resolve import is_byte_gpt_file
+from tessera.data.text import Windows
 from tessera.evaluation.bits_per_byte import TextLoss, text_loss
 from tessera.modeling.configuration_tessera import TesseraConfig
 from tessera.modeling.loading import load_model
 from tessera.modeling.modeling_tessera import TesseraForCausalLM
 
-from .checkpoints import find_checkpoint, load_checkpoint, newest_verified, save_checkpoint
+from .checkpoints import find_checkpoint, load_checkpoint, newest_verified, save_checkpoint, verify
 from .curves import draw_curve, read_metrics
-from .inputs import encode, load_tokenizer
+from .inputs import SPECIAL_IDS, TOKENIZER_META, adopt_vocabulary, open_corpus, read_model_config
 from .optimizers import build_optimizer
+from .pretrain_arguments import PretrainArguments, run_of
 from .schedules import cosine_with_warmup
+from .smoke import small_arguments, small_config
 
 LOGITS_AT_A_TIME = 2**26  # of a validation batch; 256 MiB in fp32
 SECONDS_BETWEEN_LINES = 10.0  # where there is no progress bar
-
-
-@dataclass
-class PretrainArguments:
-    """What a run is told; saved as `recipe.yaml`.
-
-    Attributes:
-        config: preset, Tessera config file, or ByteGPT's own JSON.
-        data_file: text file or folder of text files.
-        save_path: run directory; a name ending in `.safetensors` also gets the final weights as that file.
-        ckpt_path: directory of weights or of a run to start from; passed over, with a word, if nothing is
-            there yet.
-        tokenizer: directory or Hub name; bytes if not given.
-        epochs, steps, minutes: length of the run; the first that is reached ends it. Default: one epoch.
-        batch_size: windows in an optimizer step, over all processes.
-        accumulation: micro-batches that a step is split into on each process.
-        sequence_length: positions in a window; default: the model's context, at most 1024.
-        optimizer: `muon` or `adamw`; default: muon, but adamw, as in the original, for ByteGPT's own JSON.
-        learning_rate, weight_decay, warmup, floor, clip: see `optimizers.py` and `schedules.py`;
-            `clip` is the largest gradient norm, 0 for none.
-        seed: of weights, data order and dropout.
-        evaluations: validation passes during the run, beside those at its start and end.
-        eval_tokens: tokens, about, of the validation text that those during the run see; the last sees all.
-        checkpoint_minutes: minutes between checkpoints; 0 for none but the last.
-        gradient_checkpointing: recompute activations in the backward pass.
-        sample_prompt, sample_tokens: text that samples start with, and their length.
-    """
-
-    config: str
-    data_file: str
-    save_path: str = "runs/pretrain"
-    ckpt_path: str | None = None
-    tokenizer: str | None = None
-    epochs: float | None = None
-    steps: int | None = None
-    minutes: float | None = None
-    batch_size: int = 8
-    accumulation: int = 1
-    sequence_length: int | None = None
-    optimizer: str | None = None
-    learning_rate: float | None = None
-    weight_decay: float = 0.0
-    warmup: float = 0.02
-    floor: float = 0.0
-    clip: float = 1.0
-    seed: int = 0
-    evaluations: int = 4
-    eval_tokens: int = 50_000
-    checkpoint_minutes: float = 10.0
-    gradient_checkpointing: bool = False
-    sample_prompt: str = "\n"
-    sample_tokens: int = 300
-
-    def __post_init__(self):
-        for name in ("batch_size", "accumulation", "eval_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("epochs", "steps", "minutes", "sequence_length", "learning_rate"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("weight_decay", "clip", "evaluations", "checkpoint_minutes", "sample_tokens", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("warmup", "floor"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
-        if self.epochs is None and self.steps is None and self.minutes is None:
-            self.epochs = 1
 
 
 @dataclass
@@ -132,12 +65,14 @@ class PretrainResult:
     sample: str
 
 
-def pretrain(args: PretrainArguments, resume: bool = False) -> PretrainResult:
-    """Trains a model on text and writes the run directory.
+def pretrain(args: PretrainArguments, resume: bool | str = False, smoke: bool = False) -> PretrainResult:
+    """Trains a model on text or tokens and writes the run directory.
 
     Args:
         args: the run.
-        resume: go on from the newest checkpoint of `save_path` that verifies.
+        resume: go on from the newest checkpoint of `save_path` that verifies; or from the checkpoint, or the
+            newest one of the run, that this is the path of.
+        smoke: a few steps of everything, small, beside `save_path`: see `smoke.py`.
 
     Raises:
         ValueError: for what cannot work: in the arguments, configuration, text, tokenizer or checkpoint.
@@ -145,53 +80,64 @@ def pretrain(args: PretrainArguments, resume: bool = False) -> PretrainResult:
         FloatingPointError: if the loss is no longer a number.
         KeyboardInterrupt: after Ctrl-C, once the step is done and a checkpoint is written.
     """
-    return Run(args, resume).run()
+    return Run(args, resume, smoke=smoke).run()
 
 
 class Run:
     """A run that is ready to start. Making one checks all that it is told and writes nothing.
 
     Args:
-        args: the run.
-        resume: go on from the newest checkpoint of `save_path` that verifies.
+        args, resume, smoke: as `pretrain`.
         replace: what lies in `save_path` goes when the run starts.
 
     Raises:
         ValueError: as `pretrain`.
     """
 
-    def __init__(self, args: PretrainArguments, resume: bool = False, replace: bool = False):
+    def __init__(
+        self,
+        args: PretrainArguments,
+        resume: bool | str = False,
+        replace: bool = False,
+        smoke: bool = False,
+    ):
         if args.optimizer is None:
             args = dataclasses.replace(args, optimizer="adamw" if is_byte_gpt_file(args.config) else "muon")
-        self.args, self.resume, self.replace = args, resume, replace
         # Said aloud, because accelerate takes processes on a CPU for so many runs of one process otherwise.
         cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         bf16 = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        bf16 = bf16 and args.precision == "auto"
         self.accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no")
         # A launcher's own setting would divide every loss once more.
         self.accelerator.gradient_accumulation_steps = 1
+        if smoke:
+            args = small_arguments(args, self.accelerator.num_processes, bool(resume))
+            # An earlier smoke run is in nobody's way.
+            replace = replace or (not resume and (args.folder / RECIPE_FILE).is_file())
+        self.args, self.resume, self.replace, self.smoke = args, resume, replace, smoke
         set_seed(args.seed)
-        self.weights_file = Path(args.save_path) if args.save_path.endswith(".safetensors") else None
-        self.folder = self.weights_file.with_suffix("") if self.weights_file else Path(args.save_path)
+        self.weights_file, self.folder = args.weights_file, args.folder
         self._check_folder()
-        config = resolve_config(args.config)
-        self.tokenizer, config = load_tokenizer(args.tokenizer, config)
+        config, is_preset = read_model_config(args.config)
+        weights = self._weights_to_start_from()
+        if is_preset and weights is not None:
+            config = adopt_vocabulary(config, weights)
+        self.corpus, config = open_corpus(
+            args.data_file, args.tokenizer, config, follow=is_preset and weights is None
+        )
+        self.tokenizer, self.train, self.val = self.corpus.tokenizer, self.corpus.train, self.corpus.val
+        if smoke and weights is None:
+            config = small_config(config)
         self.length = args.sequence_length or min(config.max_position_embeddings, 1024)
         if self.length > config.max_position_embeddings:
             raise ValueError(
                 f"sequence_length {self.length} is longer than the model's context of "
                 f"{config.max_position_embeddings} positions"
             )
-        train, val = split_documents(read_documents(args.data_file))
-        if not val:
-            raise ValueError(f"{args.data_file} leaves no text for validation; give more of it")
-        self.train, self.val = encode(self.tokenizer, train), encode(self.tokenizer, val)
-        if len(self.val.ids) < 2:
-            raise ValueError(f"{args.data_file} is too short: its last tenth is for validation")
         self.windows = Windows(self.train.ids, self.length, args.seed)
         self.prompt = self._encode_prompt(config)
         self._plan()
-        self.model = self._make_model(config)
+        self.model = self._make_model(config, weights)
         self.optimizer = build_optimizer(self.model, args.optimizer, args.learning_rate, args.weight_decay)
         if args.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
@@ -204,7 +150,7 @@ class Run:
     def _check_folder(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"--save-path {self.folder} is a file")
-        if self.resume or self.replace:
+        if self.replace or self._goes_on_in_place():
             return
         if self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(
@@ -213,8 +159,16 @@ class Run:
         if self.weights_file and self.weights_file.exists():
             raise ValueError(f"{self.weights_file} is there already; choose another --save-path")
 
+    def _goes_on_in_place(self) -> bool:
+        if isinstance(self.resume, str):
+            return run_of(self.resume).resolve() == self.folder.resolve()
+        return self.resume
+
     def _encode_prompt(self, config: TesseraConfig) -> torch.Tensor:
-        prompt = self.tokenizer(self.args.sample_prompt, return_tensors="pt")["input_ids"].long()
+        given, start = self.args.sample_prompt, self.tokenizer.eos_token_id
+        if given is None and start is not None:
+            return torch.tensor([[start]])
+        prompt = self.tokenizer("\n" if given is None else given, return_tensors="pt")["input_ids"].long()
         if prompt.shape[1] >= config.max_position_embeddings:
             raise ValueError(
                 f"sample_prompt has {prompt.shape[1]} tokens and leaves no room in the model's context of "
@@ -223,12 +177,17 @@ class Run:
         return prompt
 
     def _plan(self) -> None:
-        """Rows a process takes at a time, and the number of steps (None: until the minutes are over)."""
+        """Rows a process takes at a time, the number of steps (None: until the minutes are over), warm-up."""
         args, processes = self.args, self.accelerator.num_processes
-        split = args.accumulation * processes
+        self.accumulation = args.accumulation or 1
+        if args.micro_batch_size and args.batch_size % processes == 0:
+            rows = args.batch_size // processes
+            fitting = range(-(-rows // args.micro_batch_size), rows + 1)
+            self.accumulation = next(count for count in fitting if rows % count == 0)
+        split = self.accumulation * processes
         if args.batch_size % split:
             raise ValueError(
-                f"batch_size ({args.batch_size}) does not divide into {args.accumulation} micro-batches on "
+                f"batch_size ({args.batch_size}) does not divide into {self.accumulation} micro-batches on "
                 f"each of {processes} processes"
             )
         self.micro = args.batch_size // split
@@ -237,17 +196,31 @@ class Run:
             limits.append(args.steps)
         if args.epochs is not None:
             limits.append(max(1, round(args.epochs * self.windows.per_epoch / args.batch_size)))
+        if args.tokens is not None:
+            limits.append(max(1, round(args.tokens / (args.batch_size * self.length))))
         self.total_steps = min(limits) if limits else None
+        self.warmup = args.warmup
+        if args.warmup_steps is not None:
+            if self.total_steps is None:
+                raise ValueError(
+                    "warmup_steps needs a length in steps, epochs or tokens; give warmup, a share"
+                )
+            self.warmup = min(args.warmup_steps / self.total_steps, 1.0)
 
-    def _make_model(self, config: TesseraConfig) -> TesseraForCausalLM:
+    def _weights_to_start_from(self) -> Path | None:
         path = self.args.ckpt_path and Path(self.args.ckpt_path)
         if path and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
-            model = load_model(find_checkpoint(path), config, dtype=torch.float32)
-        else:
-            if path:
-                self.say(f"no checkpoint in {path} yet: starting from random weights")
+            return find_checkpoint(path)
+        if path:
+            self.say(f"no checkpoint in {path} yet: starting from random weights")
+        return None
+
+    def _make_model(self, config: TesseraConfig, weights: Path | None) -> TesseraForCausalLM:
+        if weights is None:
             model = TesseraForCausalLM(config)
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        else:
+            model = load_model(weights, config, dtype=torch.float32)
+        for name in SPECIAL_IDS:
             setattr(model.generation_config, name, getattr(self.tokenizer, name))
         return model
 
@@ -260,11 +233,11 @@ class Run:
     def run(self) -> PretrainResult:
         """Trains, scores the text before and after, and writes the run directory."""
         self._start()
-        before = self._evaluate(whole=True)
+        before = self._evaluate(whole=not self.smoke)
         self._record(val_loss=before.nats, val_bits_per_byte=before.bits_per_byte)
         self.say(f"before training: {_describe(before)}")
         self._train()
-        after = self._evaluate(whole=True)
+        after = self._evaluate(whole=not self.smoke)
         self._record(val_loss=after.nats, val_bits_per_byte=after.bits_per_byte)
         self._checkpoint()
         sample = self._sample()
@@ -279,11 +252,7 @@ class Run:
 
     def _start(self) -> None:
         if self.resume:
-            newest, refused = newest_verified(self.folder / "checkpoints")
-            for sentence in refused:
-                self.say(f"passing over {sentence}")
-            if newest is None:
-                raise ValueError(f"{self.folder} has no checkpoint to resume from")
+            newest = self._checkpoint_to_resume()
             state = load_checkpoint(newest, self.accelerator, self.wrapped, self.optimizer)
             if state["rows"] != self._rows_identity():
                 raise ValueError(
@@ -297,7 +266,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.model.config.save_pretrained(self.folder)
             recipe = yaml.safe_dump(asdict(self.args), sort_keys=False, allow_unicode=True)
-            (self.folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+            (self.folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
             if self.resume:
                 self._trim_metrics()
                 # Its weights are those of an older checkpoint as soon as the run goes on.
@@ -306,12 +275,27 @@ class Run:
         total = self.model.num_parameters()
         length = f"{self.total_steps} steps" if self.total_steps else f"{self.args.minutes:g} minutes"
         precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
+        if self.smoke:
+            self.say("smoke run: a few small steps to see that everything works; its figures mean nothing")
         self.say(
             f"{self.args.config}: {total:,} parameters, vocabulary {self.model.config.vocab_size}; "
             f"{len(self.train.ids):,} tokens to train on, {len(self.val.ids):,} held out; {length} of "
             f"{self.args.batch_size} x {self.length} tokens on {self.accelerator.num_processes} x "
-            f"{self.accelerator.device.type} in {precision}"
+            f"{self.accelerator.device.type} in {precision}, {self.args.optimizer}"
         )
+
+    def _checkpoint_to_resume(self) -> Path:
+        path = Path(self.resume) if isinstance(self.resume, str) else self.folder
+        if path != run_of(path):
+            if problem := verify(path):
+                raise ValueError(f"{path} cannot be resumed from: {problem}")
+            return path
+        newest, refused = newest_verified(path / "checkpoints")
+        for sentence in refused:
+            self.say(f"passing over {sentence}")
+        if newest is None:
+            raise ValueError(f"{path} has no checkpoint to resume from")
+        return newest
 
     def _train(self) -> None:
         args, is_main = self.args, self.accelerator.is_main_process
@@ -341,7 +325,7 @@ class Run:
                     raise FloatingPointError(
                         f"the loss is {loss} at step {self.step}; lower the learning rate"
                     )
-                if self.step - logged >= 10 or self.step == 1:
+                if self.step - logged >= args.log_steps or self.step == 1:
                     logged = self.step
                     self._record(loss=average, grad_norm=norm)
                 progress = self._progress()
@@ -351,18 +335,26 @@ class Run:
                 bar.update(int(1000 * min(progress, 1)) - bar.n)
                 if bar.disable and is_main and time.perf_counter() - last_line >= SECONDS_BETWEEN_LINES:
                     last_line = time.perf_counter()
-                    print(f"{100 * min(progress, 1):3.0f} %  {status}", file=sys.stderr, flush=True)
+                    left = _duration(self.seconds * (1 / min(progress, 1) - 1))
+                    line = f"{100 * min(progress, 1):3.0f} %  {status}, {left} left"
+                    print(line, file=sys.stderr, flush=True)
                 if stop:
                     self._checkpoint()
                     self.say(f"stopped at step {self.step}; its checkpoint is saved, go on with --resume")
                     raise KeyboardInterrupt
-                if progress < 1 and progress * (args.evaluations + 1) >= next_eval:
-                    next_eval += 1
+                if args.eval_steps:
+                    evaluate = self.step % args.eval_steps == 0
+                else:
+                    evaluate = progress * (args.evaluations + 1) >= next_eval
+                    next_eval += evaluate
+                if progress < 1 and evaluate:
                     held_out = self._evaluate(whole=False)
                     self._record(val_loss=held_out.nats, val_bits_per_byte=held_out.bits_per_byte)
                     if is_main:
                         bar.write(f"{100 * progress:3.0f} %  {_describe(held_out)}", file=sys.stderr)
-                if args.checkpoint_minutes and self.seconds - last_checkpoint >= 60 * args.checkpoint_minutes:
+                minutes, steps = args.checkpoint_minutes, args.checkpoint_steps
+                due = minutes and self.seconds - last_checkpoint >= 60 * minutes
+                if due or (steps and self.step % steps == 0):
                     last_checkpoint = self.seconds
                     self._checkpoint()
 
@@ -387,16 +379,16 @@ class Run:
 
     def _optimizer_step(self, progress: float) -> tuple[float, float]:
         args, accelerator = self.args, self.accelerator
-        factor = cosine_with_warmup(progress, args.warmup, args.floor)
+        factor = cosine_with_warmup(progress, self.warmup, args.floor)
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
         count = args.batch_size * self.length
-        first = self.step * args.batch_size + accelerator.process_index * self.micro * args.accumulation
+        first = self.step * args.batch_size + accelerator.process_index * self.micro * self.accumulation
         total = torch.zeros((), device=accelerator.device)
-        for i in range(args.accumulation):
+        for i in range(self.accumulation):
             rows = torch.from_numpy(self.windows.rows(first + i * self.micro, self.micro))
             rows = rows.to(accelerator.device, non_blocking=True)
-            last = i == args.accumulation - 1
+            last = i == self.accumulation - 1
             with nullcontext() if last else accelerator.no_sync(self.wrapped):
                 # The rows hold their own targets: nothing is shifted inside, and every position counts.
                 loss = self.wrapped(
@@ -445,7 +437,7 @@ class Run:
         args = self.args
         return {
             "tokens": len(self.train.ids),
-            "sha256": hashlib.sha256(np.ascontiguousarray(self.train.ids)).hexdigest(),
+            "sha256": self.corpus.train_hash,
             "batch_size": args.batch_size,
             "sequence_length": self.length,
             "seed": args.seed,
@@ -487,6 +479,8 @@ class Run:
             shutil.rmtree(aside, ignore_errors=True)
             self.model.save_pretrained(aside)
             self.tokenizer.save_pretrained(aside)
+            if notes := self.corpus.tokenizer_meta:
+                shutil.copyfile(notes, aside / TOKENIZER_META)
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
             if self.weights_file:
@@ -521,6 +515,11 @@ def _first_interrupt() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _duration(seconds: float) -> str:
+    minutes = math.ceil(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 def _describe(loss: TextLoss) -> str:

@@ -1,6 +1,13 @@
-"""Tiny training runs."""
+"""Tiny training runs, and what they read."""
 
+import hashlib
+import json
+import shutil
 from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tessera import TesseraConfig
 from tessera.training.pretrain import PretrainArguments, PretrainResult, pretrain
@@ -33,6 +40,35 @@ def write_text(folder: Path, text: str = REPETITIVE, name: str = "text.txt") -> 
     path = folder / name
     path.write_text(text, encoding="utf-8")
     return str(path)
+
+
+def write_words(folder: Path, **special: str) -> Path:
+    """A tokenizer of whole words, as anybody would save it: `<unk>`, `<eos>`, then those of the text."""
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<eos>", *sorted(set(REPETITIVE.split()))])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"unk_token": "<unk>", "eos_token": "<eos>", **special}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    return folder
+
+
+def write_prepared(
+    folder: Path, train: list[int], val: list[int], val_bytes: int, tokenizer: Path | None = None, **meta
+) -> str:
+    """A folder of tokens in the documented format, written by hand."""
+    folder.mkdir()
+    dtype = "uint16" if tokenizer else "uint8"
+    known = {"format": 1, "dtype": dtype, "sha256": {}, **meta}
+    for split, ids, num_bytes in (("train", train, len(train)), ("val", val, val_bytes)):
+        data = np.asarray(ids, dtype=np.dtype(dtype).newbyteorder("<")).tobytes()
+        (folder / f"{split}.bin").write_bytes(data)
+        (folder / f"{split}.idx").write_bytes(np.asarray([0, len(ids)], dtype="<u8").tobytes())
+        known[split] = {"documents": 1, "tokens": len(ids), "bytes": num_bytes}
+        known["sha256"][f"{split}.bin"] = hashlib.sha256(data).hexdigest()
+    if tokenizer:
+        shutil.copytree(tokenizer, folder / "tokenizer")
+    (folder / "data_meta.json").write_text(json.dumps(known))
+    return str(folder)
 
 
 def write_config(folder: Path, preset: str = "llama-tiny", **overrides) -> str:

@@ -11,14 +11,22 @@ import pytest
 import torch
 import yaml
 from helpers.models import DIALECTS
-from helpers.runs import BYTEGPT, REPETITIVE, tiny_arguments, tiny_run, write_config, write_text
+from helpers.runs import (
+    BYTEGPT,
+    REPETITIVE,
+    tiny_arguments,
+    tiny_run,
+    write_config,
+    write_text,
+    write_words,
+)
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tessera import TesseraConfig, TesseraForCausalLM
 from tessera.training import pretrain as trainer
 from tessera.training.checkpoints import find_checkpoint
+from tessera.training.inputs import encode
 from tessera.training.pretrain import Run
 from tessera.training.schedules import cosine_with_warmup
 
@@ -338,30 +346,31 @@ def test_weights_that_are_not_there_yet_are_passed_over_with_a_word(exists, tmp_
 
 @pytest.fixture
 def word_tokenizer(tmp_path) -> Path:
-    """A tokenizer of whole words, as anybody would save it."""
-    vocabulary = {word: i for i, word in enumerate(["<unk>", "<eos>", *sorted(set(REPETITIVE.split()))])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>")
-    tokenizer.save_pretrained(tmp_path / "words")
-    return tmp_path / "words"
+    return write_words(tmp_path / "words")
 
 
 def test_a_tokenizer_directory_is_trained_with_and_saved_everywhere(word_tokenizer, tmp_path):
-    """Its sample is empty: it makes nothing of a line break."""
+    """Its sample starts where documents do."""
     config = write_config(tmp_path, vocab_size=16)
     result = tiny_run(tmp_path, tokenizer=str(word_tokenizer), config=config, sequence_length=8)
     bytes_per_token = result.after.num_bytes / result.after.tokens
     assert 4 < bytes_per_token < 5.5, "nine words of the text are 45 bytes"
-    assert result.sample == ""
+    assert set(result.sample.split()) <= {"the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog."}
+    assert result.sample
     for folder in (result.final, result.folder / "checkpoints" / "step-000006"):
         assert AutoTokenizer.from_pretrained(folder)("lazy dog.")["input_ids"] == [6, 3]
         assert AutoModelForCausalLM.from_pretrained(folder).generation_config.eos_token_id == 1
 
 
+def test_a_prompt_that_the_tokenizer_makes_nothing_of_gives_no_sample(word_tokenizer, tmp_path):
+    config = write_config(tmp_path, vocab_size=16)
+    given = {"tokenizer": str(word_tokenizer), "config": config, "sequence_length": 8}
+    assert tiny_run(tmp_path, sample_prompt="\n", **given).sample == ""
+
+
 def test_documents_are_separated_by_the_end_of_text_token(word_tokenizer):
     tokenizer = AutoTokenizer.from_pretrained(word_tokenizer)
-    tokens = trainer.encode(tokenizer, [b"the fox", b"lazy"])
+    tokens = encode(tokenizer, [b"the fox", b"lazy"])
     assert tokens.ids.tolist() == [9, 4, 1, 6, 1]
     assert tokens.num_bytes == len(b"the fox\nlazy")
 
