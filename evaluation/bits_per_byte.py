@@ -1,7 +1,8 @@
 """Validation loss in nats per token and in bits per byte, which does not depend on the tokenizer.
 
-What belongs here: likelihood of a text under a model. Bits per byte is the summed loss of all target tokens,
-over ln 2 and over the bytes that the text has.
+What belongs here: likelihood of a stream of tokens under a model, in windows that do not overlap. Bits per
+byte is the summed loss of all target tokens, over ln 2 and over the bytes that the text has. Windows that
+overlap are in `perplexity.py`.
 """
 
 import math
@@ -15,16 +16,29 @@ from torch import nn
 
 @dataclass(frozen=True)
 class TextLoss:
-    """Loss of a text: `nats` per token, over `tokens` targets that stand for `num_bytes` bytes."""
+    """Loss of a text: `nats` per token, over `tokens` targets that stand for `num_bytes` bytes.
+
+    `stderr` is the standard error of `nats`, windows taken as independent draws; None for a single window.
+    """
 
     nats: float
     tokens: int
     num_bytes: float
+    stderr: float | None = None
 
     @property
     def bits_per_byte(self) -> float:
         """Bits that the model needs for one byte of the text."""
-        return self.nats * self.tokens / self.num_bytes / math.log(2)
+        return self.nats * self._bits_of_a_nat
+
+    @property
+    def bits_per_byte_stderr(self) -> float | None:
+        """Its standard error."""
+        return None if self.stderr is None else self.stderr * self._bits_of_a_nat
+
+    @property
+    def _bits_of_a_nat(self) -> float:
+        return self.tokens / self.num_bytes / math.log(2)
 
 
 @torch.no_grad()
@@ -67,17 +81,41 @@ def text_loss(
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     if (len(ids) - 1) % length and (every == 1 or not rows):
         batches.append([ids[whole * length :]])
-    total = torch.zeros((), dtype=torch.float64, device="cpu")
+    nats, lengths = [], []
     for batch in batches[accelerator.process_index :: accelerator.num_processes]:
         tokens = torch.from_numpy(np.stack(batch).astype(np.int64)).to(device)
         with accelerator.autocast():
             logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-        loss = nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
+        losses = nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
         )
-        total += loss.double().cpu()
+        nats.append(losses.cpu().double().view(len(batch), -1).sum(1))
+        lengths += [len(row) - 1 for row in batch]
     model.train(was_training)
-    # Summed in fp32 where a device knows no doubles; the sum of a few processes loses nothing that shows.
-    total = accelerator.reduce(total.float().to(device), "sum").item()
+    # [windows of this process]
+    nats = torch.cat(nats) if nats else torch.zeros(0, dtype=torch.float64)
+    windows = sum(map(len, batches))
     count = sum((len(row) - 1) for batch in batches for row in batch)
-    return TextLoss(total / count, count, num_bytes * count / len(ids))
+    mean = _sum_over_processes(nats, accelerator, device) / count
+    deviations = nats - mean * torch.tensor(lengths, dtype=torch.float64)
+    squares = _sum_over_processes(deviations**2, accelerator, device)
+    return TextLoss(mean, count, num_bytes * count / len(ids), stderr_of_rate(squares, windows, count))
+
+
+def stderr_of_rate(squares: float, windows: int, units: float) -> float | None:
+    """Standard error of total loss over total units, by linearization (Cochran, Sampling Techniques, 6.4).
+
+    Args:
+        squares: sum over windows of (loss - rate * units of the window) squared.
+        windows: how many there are.
+        units: of all windows.
+
+    Returns:
+        The error, or None where one window shows no spread.
+    """
+    return math.sqrt(squares * windows / (windows - 1)) / units if windows > 1 else None
+
+
+def _sum_over_processes(values: torch.Tensor, accelerator: Accelerator, device: torch.device) -> float:
+    # In fp32 for devices that know no doubles; the sum of a few processes loses nothing that shows.
+    return accelerator.reduce(values.sum().float().to(device), "sum").item()

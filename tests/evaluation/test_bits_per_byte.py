@@ -1,6 +1,10 @@
 """Loss of a text under a model, against a loop over single tokens."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,3 +100,54 @@ def test_dropout_is_off_and_the_mode_comes_back(training):
 def test_a_single_token_has_no_loss():
     with pytest.raises(ValueError, match="two tokens or more, got 1"):
         text_loss(tiny_model("llama-tiny"), random_ids(1), num_bytes=1, length=16)
+
+
+def test_standard_error_of_equal_windows_is_that_of_their_mean():
+    model, ids = tiny_model("llama-tiny"), random_ids(6 * 16 + 1)
+    loss = text_loss(model, ids, num_bytes=2 * len(ids), length=16, batch_size=4)
+    each = [nats_one_by_one(model, ids[i : i + 17], 16) for i in range(0, len(ids) - 1, 16)]
+    assert loss.stderr == pytest.approx(np.std(each, ddof=1) / math.sqrt(6), rel=1e-3)
+    assert loss.bits_per_byte_stderr / loss.bits_per_byte == pytest.approx(loss.stderr / loss.nats)
+
+
+def test_standard_error_is_that_of_many_such_texts():
+    """Windows drawn anew a thousand times, the short one at the end among them."""
+    model, ids = tiny_model("llama-tiny"), random_ids(40 * 8 + 4)
+    loss = text_loss(model, ids, num_bytes=len(ids), length=8)
+    rows = [ids[i : i + 9] for i in range(0, len(ids) - 1, 8)]
+    targets = np.array([len(row) - 1 for row in rows])
+    nats = np.array([text_loss(model, row, len(row), 8).nats for row in rows]) * targets
+    draws = np.random.default_rng(0).integers(0, len(rows), (1000, len(rows)))
+    means = nats[draws].sum(1) / targets[draws].sum(1)
+    assert loss.stderr == pytest.approx(means.std(), rel=0.1)
+
+
+def test_one_window_has_no_standard_error():
+    loss = text_loss(tiny_model("llama-tiny"), random_ids(9), num_bytes=9, length=16)
+    assert loss.stderr is None and loss.bits_per_byte_stderr is None
+
+
+@pytest.mark.distributed
+def test_processes_share_the_windows(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
+        "import numpy as np\n"
+        "from helpers.models import tiny_model\n"
+        "from tessera.evaluation.bits_per_byte import text_loss\n"
+        "ids = np.arange(5 * 16 + 9, dtype=np.uint8)\n"
+        "loss = text_loss(tiny_model('llama-tiny'), ids, len(ids), 16, batch_size=2)\n"
+        "print('loss', loss.nats, loss.stderr, loss.tokens)\n"
+    )
+    printed = []
+    for launch in (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], []):
+        environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *launch, str(program)]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        lines = [line for line in done.stdout.splitlines() if line.startswith("loss ")]
+        printed += [[float(word) for word in line.split()[1:]] for line in lines]
+    assert len(printed) == 3
+    for values in printed:
+        assert values == pytest.approx(printed[-1], rel=1e-5)
