@@ -7,7 +7,7 @@ import torch
 from helpers.models import DIALECTS, tiny_model
 from transformers import set_seed
 
-from tessera import build_byte_tokenizer
+from tessera import build_byte_tokenizer, cli
 from tessera.serving.generate import Sampling, complete, converse, load
 
 GREEDY = Sampling(max_new_tokens=12, temperature=0)
@@ -217,3 +217,14 @@ def test_a_device_that_is_not_there_is_refused(tmp_path):
     tiny_model("llama-tiny").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="device nonsense: "):
         load(tmp_path, device="nonsense")
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "serve"])
+@pytest.mark.parametrize("name", ["--model", "--ckpt-path"])
+def test_every_command_takes_the_model_by_either_name(command, name, capsys, monkeypatch):
+    monkeypatch.setattr("tessera.commands.serve.silence_transformers", lambda: None)
+    more = {"generate": ["--prompt", "x"], "chat": [], "serve": ["--port", "0"]}[command]
+    with pytest.raises(SystemExit) as exit:
+        cli.run([command, name, "no/such/model", *more])
+    assert exit.value.code == 2
+    assert "no/such/model" in capsys.readouterr().err.splitlines()[-1]
