@@ -1,1 +1,1 @@
-"""Other formats of configurations, read as Tessera's own."""
+"""Checkpoints of other families and layouts to Tessera and back, verified; releases to the Hub."""

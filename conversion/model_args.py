@@ -1,4 +1,4 @@
-"""The `ModelArgs` JSON of ByteGPT and DeepSeek-V3's inference release, read as a `TesseraConfig`.
+"""The `ModelArgs` JSON of ByteGPT and DeepSeek-V3's inference release, as a `TesseraConfig` and back.
 
 What belongs here: the correspondence of names between the two, and the defaults of the ByteGPT configuration
 for keys that a file leaves out.
@@ -129,6 +129,34 @@ def config_from_model_args(args: dict[str, Any], **overrides: Any) -> TesseraCon
             **overrides,
         }
     )
+
+
+def model_args_from_config(config: TesseraConfig) -> dict[str, Any]:
+    """The sizes of a model in ModelArgs names, for `params.json` of the native layout.
+
+    For a model with latent attention whose dense layers come first, `config_from_model_args` gives the same
+    model. Others get the names that there are, and those of Meta's releases (`n_kv_heads`, `norm_eps`).
+    """
+    args = {name: getattr(config, field) for name, field in FIELDS.items()}
+    sparse = [kind == "sparse" for kind in config.mlp_layer_types]
+    args["n_dense_layers"] = sparse.index(True) if any(sparse) else len(sparse)
+    if config.attention_type == "latent":
+        args["q_lora_rank"] = config.q_lora_rank or 0
+    else:
+        args |= {"n_kv_heads": config.num_key_value_heads, "head_dim": config.head_dim}
+        args["norm_eps"] = config.rms_norm_eps
+    if config.position_embedding_type == "rope":
+        rope = config.rope_parameters
+        args["rope_theta"] = rope["rope_theta"]
+        # As long as the context: not extended.
+        args["original_seq_len"] = config.max_position_embeddings
+        if rope["rope_type"] == "yarn":
+            args["original_seq_len"] = rope["original_max_position_embeddings"]
+            args["rope_factor"] = rope["factor"]
+            for name, key in (("beta_fast",) * 2, ("beta_slow",) * 2, ("mscale", "mscale_all_dim")):
+                if rope.get(key) is not None:
+                    args[name] = rope[key]
+    return {name: value for name, value in args.items() if value is not None}
 
 
 def _require_type(name: str, given: Any) -> None:

@@ -1,0 +1,55 @@
+"""Changes of a Tessera model that leave its logits as they are, for targets that cannot express a tile.
+
+What belongs here: from a configuration and its tensors to another configuration and tensors of the same
+model, exactly.
+"""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+
+from tessera.modeling.configuration_tessera import TesseraConfig
+
+from .rules import Changed
+
+_VOCABULARY_ROWS = ("embed_tokens.weight", "lm_head.weight", "value_embed.weight")
+
+
+def cut_padding(
+    config: TesseraConfig, tensors: Mapping[str, torch.Tensor]
+) -> tuple[TesseraConfig, Mapping[str, torch.Tensor]]:
+    """Leaves out the rows of embedding and head past the vocabulary, which no token and no logit uses."""
+    rows = config.vocab_size
+    if config.padded_vocab_size == rows:
+        return config, tensors
+    config = copy.deepcopy(config)
+    config.padded_vocab_size = rows
+
+    def cut(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor[:rows] if name.endswith(_VOCABULARY_ROWS) else tensor
+
+    return config, Changed(tensors, cut)
+
+
+def pair_halves(
+    config: TesseraConfig, tensors: Mapping[str, torch.Tensor]
+) -> tuple[TesseraConfig, Mapping[str, torch.Tensor]]:
+    """Reorders the channels of query and key heads, so that the rotation pairs (0, d/2), (1, d/2 + 1), ...
+
+    Scores are sums over channels, so the same order for both changes nothing. Only for multi-head attention;
+    the families with latent attention have the interleaved pairs.
+    """
+    if not config.rope_interleave or config.attention_type != "multi_head":
+        return config, tensors
+    config = copy.deepcopy(config)
+    config.rope_interleave = False
+    rotated = list(range(0, config.rotary_dim, 2)) + list(range(1, config.rotary_dim, 2))
+    order = torch.tensor(rotated + list(range(config.rotary_dim, config.head_dim)))
+
+    def reorder(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if not any(f".self_attn.{part}_" in name for part in "qk"):
+            return tensor
+        return tensor.unflatten(0, (-1, config.head_dim))[:, order].flatten(0, 1)
+
+    return config, Changed(tensors, reorder)

@@ -1,0 +1,493 @@
+"""A conversion is the same model, out and back; what is not, is refused and leaves nothing."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from helpers.models import EVERY_MODEL, tiny_config, tiny_model
+from helpers.weights import randomize
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging
+
+from tessera import TesseraConfig, build_byte_tokenizer, cli
+from tessera.conversion import convert as conversion
+from tessera.conversion.checkpoints import open_checkpoint
+from tessera.conversion.convert import convert
+from tessera.conversion.families import architecture
+from tessera.modeling.loading import load_model
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+GROUPED = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 96}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "mscale": 0.707,
+    "mscale_all_dim": 1.0,
+}
+GPT2 = {"vocab_size": 97, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128}
+DEEPSEEK = {
+    **SIZES,
+    "num_key_value_heads": 4,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "num_mtp_layers": 0,
+}
+FAMILIES = {
+    "llama": transformers.LlamaConfig(**GROUPED),
+    "llama-biases-llama3-tied": transformers.LlamaConfig(
+        **GROUPED, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3, tie_word_embeddings=True
+    ),
+    "mistral-window": transformers.MistralConfig(**GROUPED, sliding_window=9),
+    "mistral-full": transformers.MistralConfig(**GROUPED, sliding_window=None),
+    "qwen3": transformers.Qwen3Config(**GROUPED, head_dim=24, tie_word_embeddings=True),
+    "qwen3-window": transformers.Qwen3Config(
+        **GROUPED, head_dim=16, use_sliding_window=True, sliding_window=9, max_window_layers=1
+    ),
+    "gpt2": transformers.GPT2Config(**GPT2),
+    "gpt2-inner-untied": transformers.GPT2Config(
+        **GPT2, n_inner=96, activation_function="gelu", tie_word_embeddings=False
+    ),
+    "deepseek_v3": transformers.DeepseekV3Config(**DEEPSEEK),
+    "deepseek_v3-yarn": transformers.DeepseekV3Config(**DEEPSEEK, rope_parameters=YARN),
+    "deepseek_v3-dense": transformers.DeepseekV3Config(
+        **{**DEEPSEEK, "first_k_dense_replace": 3, "q_lora_rank": None}
+    ),
+    "nanochat": transformers.NanoChatConfig(**GROUPED, pad_token_id=None),
+}
+
+
+def save_family(name: str, folder, **saving):
+    """A random tiny model of transformers' own class, saved; gives the model."""
+    model = randomize(transformers.AutoModelForCausalLM.from_config(FAMILIES[name]))
+    model.save_pretrained(folder, **saving)
+    return model
+
+
+def save_tessera(name: str, folder, **overrides):
+    model = tiny_model(name, **overrides)
+    model.save_pretrained(folder)
+    return model
+
+
+def ids(vocab_size: int = 97, length: int = 40) -> torch.Tensor:
+    return torch.randint(vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits(model, vocab_size: int = 97) -> torch.Tensor:
+    return model.eval()(ids(vocab_size), use_cache=False).logits.float()
+
+
+def weight_files(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+# ---- families of transformers ----
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_comes_in_with_equal_logits_and_goes_out_with_equal_bits(name, tmp_path):
+    theirs = save_family(name, tmp_path / "theirs")
+    done = convert(tmp_path / "theirs", tmp_path / "ours")
+    family = name.split("-")[0]
+    assert (done.source, done.target) == (family, "tessera")
+    ours = load_model(tmp_path / "ours")
+    expected = logits(theirs)
+    assert expected.std() > 0.05, "logits too flat to tell models apart"
+    torch.testing.assert_close(logits(ours), expected, atol=1e-5 * max(1, expected.abs().max()), rtol=0)
+
+    convert(tmp_path / "ours", tmp_path / "back", to=family)
+    assert weight_files(tmp_path / "back") == weight_files(tmp_path / "theirs")
+    again = type(theirs).from_pretrained(tmp_path / "back")
+    for key, tensor in theirs.state_dict().items():
+        assert torch.equal(again.state_dict()[key], tensor), key
+    before, after = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("theirs", "back"))
+    # Settings of pretraining and of sampling, not of the model.
+    unimportant = {"summary_activation", "initializer_range", "_name_or_path", "max_window_layers"}
+    if name == "gpt2":
+        assert (before["n_inner"], after["n_inner"]) == (None, 4 * 64)  # two ways to say one size
+        unimportant.add("n_inner")
+    if name == "deepseek_v3-dense":
+        unimportant |= {
+            "n_routed_experts",
+            "n_shared_experts",
+            "num_experts_per_tok",
+            "first_k_dense_replace",
+        }
+        unimportant |= {"moe_intermediate_size", "n_group", "topk_group"}
+    differing = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    assert differing <= unimportant, {
+        key: (before.get(key), after.get(key)) for key in differing - unimportant
+    }
+
+
+def test_packed_experts_are_read_like_those_of_the_releases(tmp_path):
+    theirs = save_family("deepseek_v3", tmp_path / "packed", save_original_format=False)
+    assert any(
+        name.endswith("experts.gate_up_proj") for name in load_file(tmp_path / "packed/model.safetensors")
+    )
+    theirs.save_pretrained(tmp_path / "single")
+    assert any("experts.7.up_proj" in name for name in load_file(tmp_path / "single/model.safetensors"))
+    for kind in ("packed", "single"):
+        convert(tmp_path / kind, tmp_path / f"from-{kind}")
+    assert weight_files(tmp_path / "from-packed") == weight_files(tmp_path / "from-single")
+
+
+def test_sharded_checkpoints_are_read_and_written(tmp_path, monkeypatch):
+    save_family("llama", tmp_path / "one")
+    save_family("llama", tmp_path / "many", max_shard_size="50KB")
+    assert len(weight_files(tmp_path / "many")) > 3
+    for kind in ("one", "many"):
+        convert(tmp_path / kind, tmp_path / f"from-{kind}")
+    assert weight_files(tmp_path / "from-one") == weight_files(tmp_path / "from-many")
+    monkeypatch.setattr(conversion.write_safetensors, "__defaults__", (50_000,))
+    convert(tmp_path / "from-one", tmp_path / "split", to="llama")
+    assert len(weight_files(tmp_path / "split")) > 3
+    model, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "split", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    original = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "one")
+    assert torch.equal(logits(model), logits(original))
+
+
+def test_old_gpt2_files_without_prefix_and_with_masks_are_read(tmp_path):
+    theirs = save_family("gpt2", tmp_path / "theirs")
+    state = load_file(tmp_path / "theirs/model.safetensors")
+    old = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+    old["h.0.attn.bias"] = torch.ones(1, 1, 128, 128)
+    old["h.0.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file(old, tmp_path / "theirs/model.safetensors", metadata={"format": "pt"})
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    torch.testing.assert_close(logits(load_model(tmp_path / "ours")), logits(theirs), atol=1e-4, rtol=0)
+
+
+def test_layers_for_multi_token_prediction_are_left_out_and_said(tmp_path):
+    save_family("deepseek_v3", tmp_path / "theirs")
+    state = load_file(tmp_path / "theirs/model.safetensors")
+    state["model.layers.3.eh_proj.weight"] = torch.zeros(64, 128)
+    save_file(state, tmp_path / "theirs/model.safetensors", metadata={"format": "pt"})
+    assert convert(tmp_path / "theirs", tmp_path / "ours").notes == [
+        "1 tensors of multi-token prediction are left out"
+    ]
+
+
+def test_interleaved_rotation_and_padded_rows_leave_as_plain_llama(tmp_path):
+    """Neither exists there; both can be undone without changing a logit."""
+    ours = save_tessera(
+        "llama-tiny", tmp_path / "ours", rope_interleave=True, vocab_size=250, padded_vocab_size=256
+    )
+    convert(tmp_path / "ours", tmp_path / "llama", to="llama")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "llama")
+    assert theirs.config.vocab_size == theirs.lm_head.weight.shape[0] == 250
+    torch.testing.assert_close(logits(theirs, 250), logits(ours, 250), atol=1e-5, rtol=0)
+    plain = transformers.LlamaForCausalLM(theirs.config)
+    cut = ("model.embed_tokens.weight", "lm_head.weight")
+    state = {name: tensor[:250] if name in cut else tensor for name, tensor in ours.state_dict().items()}
+    plain.load_state_dict(state, strict=True)
+    assert (logits(plain, 250) - logits(ours, 250)).abs().max() > 0.01, "the order of channels must matter"
+
+
+@pytest.mark.parametrize(("layers", "target"), [("L", "llama"), ("S", "mistral")])
+def test_a_tessera_model_runs_in_transformers_own_class(layers, target, tmp_path):
+    ours = save_tessera("verse-tiny", tmp_path / "ours", layer_types=layers)
+    convert(tmp_path / "ours", tmp_path / "out", to=target)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(theirs).__module__ == f"transformers.models.{target}.modeling_{target}"
+    vocab_size = ours.config.vocab_size
+    torch.testing.assert_close(logits(theirs, vocab_size), logits(ours, vocab_size), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("dialect", "target", "fields"),
+    [
+        ("bytegpt-tiny", "llama", ["attention_type is 'latent'", "mlp_layer_types"]),
+        ("bytegpt-tiny", "deepseek_v3", ["scoring_func is 'softmax' (there: 'sigmoid')"]),
+        (
+            "nanochat-tiny",
+            "nanochat",
+            ["smear is True", "backout", "value_embedding_interval", "layer_types"],
+        ),
+        ("gpt2-tiny", "qwen3", ["norm_type is 'layer_norm'", "position_embedding_type is 'learned'"]),
+        ("llama-tiny", "gpt2", ["gated_mlp is True (there: False)", "num_key_value_heads is 2 (there: 4)"]),
+        ("partial-rotary-interleaved-llama3", "llama", ["rope_parameters"]),
+        ("verse-tiny", "mistral", ["layer_types is ['sliding_attention', 'full_attention'"]),
+    ],
+)
+def test_what_a_family_has_no_place_for_is_named(dialect, target, fields, tmp_path):
+    save_tessera(dialect, tmp_path / "ours")
+    with pytest.raises(ValueError, match=f"the model cannot be a {target}") as caught:
+        convert(tmp_path / "ours", tmp_path / "out", to=target)
+    assert all(field in str(caught.value) for field in fields), caught.value
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
+
+
+def test_rounding_to_bfloat16_is_verified_against_rounded_weights(tmp_path):
+    save_tessera("latent-sliding-lowrank-sigmoid", tmp_path / "ours")
+    done = convert(tmp_path / "ours", tmp_path / "rounded", to="tessera", dtype="bfloat16")
+    assert done.difference.largest < 1e-5
+    state, before = (load_file(tmp_path / d / "model.safetensors") for d in ("rounded", "ours"))
+    for name, tensor in state.items():
+        if "e_score_correction_bias" in name:
+            assert torch.equal(tensor, before[name])
+        else:
+            assert torch.equal(tensor, before[name].bfloat16()), name
+    assert load_model(tmp_path / "rounded").dtype == torch.bfloat16
+
+
+def test_tokenizer_template_and_generation_settings_travel_along(tmp_path):
+    save_tessera("llama-tiny", tmp_path / "ours")
+    tokenizer = build_byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "ours")
+    (tmp_path / "ours/tokenizer_meta.json").write_text("{}")
+    settings = {"eos_token_id": 5, "temperature": 0.3, "do_sample": True}
+    transformers.GenerationConfig(**settings).save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "native", n_experts=0, mp=2)
+    convert(tmp_path / "native", tmp_path / "back")
+    convert(tmp_path / "back", tmp_path / "llama", to="llama")
+    for folder in ("native", "back", "llama"):
+        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer_meta.json", "chat_template.jinja"):
+            assert (tmp_path / folder / name).read_bytes() == (tmp_path / "ours" / name).read_bytes()
+        assert transformers.GenerationConfig.from_pretrained(tmp_path / folder).temperature == 0.3
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "llama")
+    text = "Grüße, 世界\n"
+    assert theirs(text)["input_ids"] == tokenizer(text)["input_ids"] == list(text.encode())
+
+
+# ---- native ----
+
+
+@pytest.mark.parametrize("name", EVERY_MODEL)
+def test_native_and_back_gives_the_same_bytes(name, tmp_path):
+    save_tessera(name, tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "native", to="native")
+    convert(tmp_path / "native", tmp_path / "back")
+    assert weight_files(tmp_path / "back") == weight_files(tmp_path / "ours")
+    before, after = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("ours", "back"))
+    assert after == before
+
+
+# ---- refusals ----
+
+
+def test_a_result_with_other_logits_is_not_kept(tmp_path, monkeypatch):
+    """The weights arrive as they were written, but the translation means another model."""
+    save_family("llama", tmp_path / "theirs")
+    prepare = conversion._prepare
+
+    def wrong(*arguments):
+        config, tensors = prepare(*arguments)
+        config.rope_reverse = True
+        return config, tensors
+
+    monkeypatch.setattr(conversion, "_prepare", wrong)
+    with pytest.raises(ValueError, match="not the same model: logits differ by up to .* nothing is kept"):
+        convert(tmp_path / "theirs", tmp_path / "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize("target", ["tessera", "native"])
+def test_a_result_that_was_written_wrongly_is_not_kept(target, tmp_path, monkeypatch):
+    save_family("llama", tmp_path / "theirs")
+    write = conversion._write
+
+    def wrong(folder, *arguments):
+        write(folder, *arguments)
+        file = next(folder.glob("*.safetensors"))
+        state = load_file(file)
+        name = next(name for name in state if "q_proj" in name or ".wq." in name)
+        state[name] = state[name].roll(1, 0)
+        save_file(state, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(conversion, "_write", wrong)
+    with pytest.raises(ValueError, match="1 tensors read back are not what was written .*q_proj.weight"):
+        convert(tmp_path / "theirs", tmp_path / "ours", to=target)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def change_state(folder, change) -> None:
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    change(state)
+    save_file(state, file, metadata={"format": "pt"})
+
+
+def change_config(folder, **values) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (
+            lambda d: change_config(d, model_type="mamba"),
+            "model type 'mamba'; known are tessera, llama, mistral",
+        ),
+        (lambda d: change_config(d, model_type=None), "model type None; known are"),
+        (
+            lambda d: change_state(d, lambda s: s.pop("model.norm.weight")),
+            "does not fit its configuration: missing model.norm.weight",
+        ),
+        (
+            lambda d: change_state(d, lambda s: s.update(wibble=torch.zeros(1))),
+            "does not fit its configuration: unexpected wibble",
+        ),
+        (
+            lambda d: change_state(d, lambda s: s.update({"model.norm.weight": torch.zeros(3)})),
+            r"model.norm.weight gives a tensor of shape \(3,\), but the configuration says \(64,\)",
+        ),
+        (lambda d: change_config(d, num_hidden_layers=2), "9 unexpected tensors"),
+        (lambda d: change_config(d, hidden_act="wibble"), "no activation hidden_act='wibble'"),
+        (lambda d: change_config(d, quantization_config={"quant_method": "fp8"}), "is quantized"),
+        (lambda d: change_config(d, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "rope_type"),
+        (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"x" * 90), "cannot be read"),
+        (
+            lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+            "is a pickle, which is not read",
+        ),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_refused_in_one_sentence(damage, sentence, tmp_path):
+    save_family("llama", tmp_path / "theirs")
+    damage(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=sentence) as caught:
+        convert(tmp_path / "theirs", tmp_path / "ours")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"to": "mamba"}, "--to mamba: known targets are tessera, native, llama"),
+        ({}, "is a Tessera model already; say with --to"),
+        ({"to": "llama", "mp": 2}, "ranks are for the native layout"),
+        ({"mp": 0}, "mp must be at least 1"),
+        ({"mp": 3}, r"mp 3 does not divide num_attention_heads \(4\), padded_vocab_size \(256\)"),
+        ({"mp": 4}, r"mp 4 does not divide num_key_value_heads \(2\)"),
+        ({"mp": 2, "n_experts": 4}, "n_experts is 4, but the model in .* has 0"),
+        ({"to": "llama", "dtype": "int8"}, "--dtype int8: choose from"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments, sentence, tmp_path):
+    save_tessera("llama-tiny", tmp_path / "ours")
+    with pytest.raises(ValueError, match=sentence):
+        convert(tmp_path / "ours", tmp_path / "out", **arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_what_is_in_the_way_is_left_alone(tmp_path):
+    save_tessera("llama-tiny", tmp_path / "ours")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("mine")
+    with pytest.raises(ValueError, match="is there already and not empty"):
+        convert(tmp_path / "ours", tmp_path / "full", to="llama")
+    assert (tmp_path / "full/file").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    convert(tmp_path / "ours", tmp_path / "empty", to="llama")
+    assert (tmp_path / "empty/config.json").is_file()
+
+
+def test_tied_heads_that_differ_are_refused_and_equal_ones_dropped(tmp_path):
+    save_family("qwen3", tmp_path / "theirs")
+    shutil.copytree(tmp_path / "theirs", tmp_path / "other")
+    change_state(
+        tmp_path / "theirs", lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"].clone()})
+    )
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    with safe_open(tmp_path / "ours/model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in list(file.keys())
+    change_state(
+        tmp_path / "other", lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"] + 1})
+    )
+    with pytest.raises(ValueError, match="lm_head.weight differs from the embedding"):
+        convert(tmp_path / "other", tmp_path / "ours2")
+
+
+def test_architecture_sees_what_changes_a_number_and_nothing_else():
+    plain = architecture(tiny_config("llama-tiny"))
+    assert architecture(tiny_config("llama-tiny", initializer_range=0.5, sliding_window=3)) == plain
+    assert architecture(tiny_config("llama-tiny", rms_norm_eps=0.5)) != plain
+    assert architecture(tiny_config("llama-tiny", rope_reverse=True)) != plain
+    assert set(plain) < set(TesseraConfig.__annotations__)
+
+
+def test_a_run_directory_means_its_model(tmp_path):
+    save_tessera("llama-tiny", tmp_path / "run/final")
+    assert open_checkpoint(tmp_path / "run").folder == tmp_path / "run/final"
+    with pytest.raises(ValueError, match="there is no checkpoint"):
+        open_checkpoint(tmp_path / "nowhere")
+
+
+# ---- the command ----
+
+
+@pytest.fixture(autouse=True)
+def loud_again():
+    """A command silences transformers for its process; here others come after it."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    yield
+    logging.set_verbosity(verbosity)
+    if bars:
+        logging.enable_progress_bar()
+
+
+def run_in_process(*arguments) -> int:
+    with pytest.raises(SystemExit) as exit:
+        cli.run([str(argument) for argument in arguments])
+    return exit.value.code or 0
+
+
+def test_the_command_takes_the_two_numbers_and_says_what_it_compared(tmp_path, capsys):
+    save_tessera("bytegpt-tiny", tmp_path / "ours")
+    assert run_in_process("convert", tmp_path / "ours", tmp_path / "native", 4, 2) == 0
+    assert "tessera -> native: " in (out := capsys.readouterr().out) and "logits differ by at most 0 (" in out
+    assert (tmp_path / "native/model1-mp2.safetensors").is_file()
+    for words, sentence in (((8, 2), "n_experts is 8, but"), ((4,), "give both numbers or neither")):
+        assert run_in_process("convert", tmp_path / "ours", tmp_path / "other", *words) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("tessera: error: ") and sentence in error and error.count("\n") == 1
+
+
+def test_the_module_takes_the_arguments_of_deepseeks_converter(tmp_path, capsys):
+    save_tessera("bytegpt-tiny", tmp_path / "ours")
+    with pytest.raises(SystemExit):
+        conversion.main([str(tmp_path / "ours"), str(tmp_path / "native"), "4", "2"])
+    assert sorted(path.name for path in (tmp_path / "native").glob("*mp2*")) == [
+        "model0-mp2.safetensors",
+        "model1-mp2.safetensors",
+    ]
+    with pytest.raises(SystemExit) as exit:
+        conversion.main(["a", "b"])
+    assert exit.value.code == 2 and "usage: python -m tessera.conversion.convert" in capsys.readouterr().err

@@ -1,0 +1,218 @@
+"""What is pushed is complete: others load it, without Tessera, and it is the same model."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers.models import tiny_model
+from huggingface_hub import HfApi
+from local_hub import TOKEN, LocalHub
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
+
+from tessera import build_byte_tokenizer
+from tessera.conversion import push as pushing
+from tessera.conversion.checkpoints import open_checkpoint
+from tessera.conversion.convert import convert
+from tessera.conversion.push import build_release, check_release, push
+
+# A stranger: transformers, a Hub, and nothing called tessera.
+STRANGER = """
+import sys
+sys.modules["tessera"] = None
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+name, revision, remote, folder = sys.argv[1:]
+remote = remote == "True"
+model = AutoModelForCausalLM.from_pretrained(name, revision=revision, trust_remote_code=remote)
+tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=remote)
+ids = tokenizer("Hello, stranger!", return_tensors="pt").input_ids
+with torch.no_grad():
+    out = {"ids": ids, "logits": model(ids, use_cache=False).logits.float().contiguous()}
+save_file(out, folder + "/out.safetensors")
+print(type(model).__module__)
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with LocalHub(tmp_path_factory.mktemp("hub")) as hub:
+        yield hub
+
+
+@pytest.fixture
+def in_process(hub, monkeypatch):
+    """Makes `push` in this process talk to the Hub."""
+    monkeypatch.setattr(pushing, "get_token", lambda: TOKEN)
+    monkeypatch.setattr(pushing, "HfApi", partial(HfApi, endpoint=hub.url, token=TOKEN))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    return hub
+
+
+def python(hub: LocalHub, *arguments, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **hub.environment, **environment},
+    )
+
+
+def save_model(folder: Path, preset: str = "nanochat-tiny", **overrides) -> torch.nn.Module:
+    model = tiny_model(preset, **overrides)
+    model.save_pretrained(folder)
+    build_byte_tokenizer().save_pretrained(folder)
+    return model
+
+
+def stranger_loads(hub, name: str, remote: bool, folder: Path, revision: str = "main"):
+    home = {"HF_HOME": str(folder / "home")}
+    done = python(hub, "-c", STRANGER, name, revision, remote, folder, **home)
+    assert done.returncode == 0, done.stderr
+    out = load_file(folder / "out.safetensors")
+    return done.stdout.strip(), out["ids"], out["logits"]
+
+
+def test_a_run_is_pushed_and_a_stranger_loads_it(hub, tmp_path):
+    run = tmp_path / "run"
+    model = save_model(run / "final")
+    (run / "recipe.yaml").write_text(yaml.safe_dump({"steps": 7, "data_file": "/home/me/books.txt"}))
+    words = ("--license", "mit", "--message", "It begins")
+    done = python(hub, "-m", "tessera", "push", run, "someone/first", *words)
+    assert done.returncode == 0, done.stderr
+    assert f"pushed: {hub.url}/someone/first/commit/" in done.stdout
+    module, ids, logits = stranger_loads(hub, "someone/first", True, tmp_path)
+    assert module.startswith("transformers_modules.")
+    assert ids.tolist() == [list(b"Hello, stranger!")]
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(ids, use_cache=False).logits, atol=1e-5, rtol=0)
+    repository = hub.find("models", "someone/first", authorized=True)
+    commits = list((repository.folder / "commits").iterdir())
+    assert len(commits) == 2, "one to create the repository, one with everything"
+    assert repository.commit(repository.resolve("main"))["title"] == "It begins"
+
+
+def test_a_llama_export_is_pushed_to_a_branch_and_needs_no_code(in_process, tmp_path):
+    hub = in_process
+    model = save_model(tmp_path / "ours", "llama-tiny")
+    convert(tmp_path / "ours", tmp_path / "llama", to="llama")
+    push(tmp_path / "llama", "someone/llama", revision="first", private=True)
+    module, ids, logits = stranger_loads(hub, "someone/llama", False, tmp_path, revision="first")
+    assert module == "transformers.models.llama.modeling_llama"
+    with torch.no_grad():
+        torch.testing.assert_close(logits, model(ids, use_cache=False).logits, atol=1e-5, rtol=0)
+    repository = hub.find("models", "someone/llama", authorized=True)
+    assert not repository.commit(repository.resolve("main"))["files"]
+    assert repository.about["private"]
+    files = repository.commit(repository.resolve("first"))["files"]
+    assert not any(name.endswith(".py") for name in files)
+
+
+def test_the_release_is_complete_and_its_card_says_what_the_run_says(tmp_path):
+    run = tmp_path / "run"
+    model = save_model(run / "final", "bytegpt-tiny")
+    GenerationConfig(eos_token_id=3).save_pretrained(run / "final")
+    recipe = {"config": "bytegpt-tiny", "steps": 7, "data_file": "/home/me/books.txt", "save_path": "/x/run"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (run / "final/chat_template.jinja").write_text("{{ messages }}")
+    release = tmp_path / "release"
+    build_release(open_checkpoint(run), release_folder(release), "someone/bytes", run=run, license="mit")
+    names = {path.name for path in release.iterdir()}
+    code = {"modeling_tessera.py", "configuration_tessera.py", "attention.py", "layers.py", "feed_forward.py"}
+    data = {"config.json", "generation_config.json", "model.safetensors", "README.md", "chat_template.jinja"}
+    assert code | data | {"tokenizer.json", "tokenizer_config.json"} <= names
+    auto_map = json.loads((release / "config.json").read_text())["auto_map"]
+    assert all((release / f"{place.split('.')[0]}.py").is_file() for place in auto_map.values())
+    card = (release / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "transformers" and head["license"] == "mit"
+    assert head["pipeline_tag"] == "text-generation" and "tessera" in head["tags"]
+    assert f"{model.num_parameters():,} parameters" in card
+    assert "| steps | 7 |" in card and "books.txt" in card and "latent" in card
+    assert "/home/me" not in card and "/x/run" not in card, "paths are of one machine"
+    assert (
+        'from_pretrained("someone/bytes", trust_remote_code=True)' in card and "apply_chat_template" in card
+    )
+
+
+def release_folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def test_scores_are_on_the_card_only_if_they_are_of_these_weights(tmp_path):
+    run = tmp_path / "run"
+    save_model(run / "final", "llama-tiny")
+    weights = (run / "final/model.safetensors").read_bytes()
+    for i, sha in enumerate([hashlib.sha256(weights).hexdigest(), "0" * 64]):
+        report = {"model": {"sha256": {"model.safetensors": sha}}, "results": {"bpb": {"value": 1.2345}}}
+        (run / "eval.json").write_text(json.dumps(report))
+        (run / "recipe.yaml").write_text("steps: 7\n")
+        release = release_folder(tmp_path / f"release-{i}")
+        build_release(open_checkpoint(run), release, "someone/it", run=run)
+        assert ("| bpb value | 1.234 |" in (release / "README.md").read_text()) == (i == 0)
+
+
+def test_a_dry_run_writes_the_release_and_asks_no_hub(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(pushing, "_on_hub", lambda *_: False)
+    # Bytes need no tokenizer beside the model here, but others do.
+    tiny_model("llama-tiny").save_pretrained(tmp_path / "ours")
+    place = push(tmp_path / "ours", "someone/dry", dry_run=tmp_path / "dry")
+    assert place == str(tmp_path / "dry")
+    assert (tmp_path / "dry/tokenizer.json").is_file()
+    with pytest.raises(ValueError, match="is there already"):
+        push(tmp_path / "ours", "someone/dry", dry_run=tmp_path / "dry")
+
+
+def test_a_release_that_is_another_model_or_does_not_load_is_refused(tmp_path):
+    save_model(tmp_path / "ours", "llama-tiny")
+    checkpoint = open_checkpoint(tmp_path / "ours")
+    release = release_folder(tmp_path / "release")
+    build_release(checkpoint, release, "someone/it")
+    state = load_file(release / "model.safetensors")
+    (release / "model.safetensors").unlink()  # another name of the model's own file
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file({**state, name: state[name].flip(0)}, release / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="the release loads as another model: logits differ by up to"):
+        check_release(checkpoint, release, tmp_path)
+    (release / "layers.py").unlink()
+    with pytest.raises(ValueError, match="the release does not load without Tessera: .*layers.py"):
+        check_release(checkpoint, release, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "token", "url", "sentence"),
+    [
+        ("someone/it", "", None, "there is no token for the Hub: set HF_TOKEN"),
+        ("someone/it", "hf_wrong", None, "the Hub does not know the token"),
+        ("some one/it", TOKEN, None, "cannot be a name on the Hub"),
+        ("it", TOKEN, None, "lacks the owner: give owner/name"),
+        ("someone/it", TOKEN, "http://127.0.0.1:9", "the Hub at http://127.0.0.1:9 cannot be reached"),
+    ],
+)
+def test_a_hub_that_cannot_take_it_gets_one_sentence(
+    name, token, url, sentence, in_process, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(pushing, "get_token", lambda: token)
+    monkeypatch.setattr(pushing, "HfApi", partial(HfApi, endpoint=url or in_process.url, token=token))
+    with pytest.raises(ValueError, match=sentence) as caught:
+        push(tmp_path / "nothing", name)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_transformers_does_not_load_is_refused_before_anything_is_created(in_process, tmp_path):
+    save_model(tmp_path / "ours", "llama-tiny")
+    convert(tmp_path / "ours", tmp_path / "native", mp=2)
+    with pytest.raises(ValueError, match="in the layout 'native', .* convert it first"):
+        push(tmp_path / "native", "someone/native")
+    assert not (in_process.root / "models/someone/native").exists()
