@@ -8,13 +8,32 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .byte_tokenizer import ByteTokenizer, build_byte_tokenizer
+    from .chat import SPECIAL_TOKENS, add_chat, chat_template
+    from .importing import import_tokenizer
+    from .save import save_tokenizer
+    from .train import train_tokenizer
 
 _ROOM_OF = {
     "ByteTokenizer": "byte_tokenizer",
+    "SPECIAL_TOKENS": "chat",
+    "add_chat": "chat",
     "build_byte_tokenizer": "byte_tokenizer",
+    "chat_template": "chat",
+    "import_tokenizer": "importing",
+    "save_tokenizer": "save",
+    "train_tokenizer": "train",
 }
 
-__all__ = ["ByteTokenizer", "build_byte_tokenizer"]
+__all__ = [
+    "SPECIAL_TOKENS",
+    "ByteTokenizer",
+    "add_chat",
+    "build_byte_tokenizer",
+    "chat_template",
+    "import_tokenizer",
+    "save_tokenizer",
+    "train_tokenizer",
+]
 
 
 def __getattr__(name: str) -> Any:
