@@ -85,7 +85,7 @@ def stranger_loads(hub, name: str, remote: bool, folder: Path, revision: str = "
 def test_a_run_is_pushed_and_a_stranger_loads_it(hub, tmp_path):
     run = tmp_path / "run"
     model = save_model(run / "final")
-    (run / "recipe.yaml").write_text(yaml.safe_dump({"steps": 7, "data_file": "/home/me/books.txt"}))
+    (run / "recipe.yaml").write_text(yaml.safe_dump({"steps": 7, "data_file": "/srv/me/books.txt"}))
     words = ("--license", "mit", "--message", "It begins")
     done = python(hub, "-m", "tessera", "push", run, "someone/first", *words)
     assert done.returncode == 0, done.stderr
@@ -121,7 +121,7 @@ def test_the_release_is_complete_and_its_card_says_what_the_run_says(tmp_path):
     run = tmp_path / "run"
     model = save_model(run / "final", "bytegpt-tiny")
     GenerationConfig(eos_token_id=3).save_pretrained(run / "final")
-    recipe = {"config": "bytegpt-tiny", "steps": 7, "data_file": "/home/me/books.txt", "save_path": "/x/run"}
+    recipe = {"config": "bytegpt-tiny", "steps": 7, "data_file": "/srv/me/books.txt", "save_path": "/x/run"}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (run / "final/chat_template.jinja").write_text("{{ messages }}")
     release = tmp_path / "release"
@@ -138,7 +138,7 @@ def test_the_release_is_complete_and_its_card_says_what_the_run_says(tmp_path):
     assert head["pipeline_tag"] == "text-generation" and "tessera" in head["tags"]
     assert f"{model.num_parameters():,} parameters" in card
     assert "| steps | 7 |" in card and "books.txt" in card and "latent" in card
-    assert "/home/me" not in card and "/x/run" not in card, "paths are of one machine"
+    assert "/srv/me" not in card and "/x/run" not in card, "paths are of one machine"
     assert (
         'from_pretrained("someone/bytes", trust_remote_code=True)' in card and "apply_chat_template" in card
     )
