@@ -147,10 +147,10 @@ def load_checkpoint(
     model = accelerator.unwrap_model(model)
     theirs = load_model(path, config=model.config, dtype=torch.float32)
     model.load_state_dict(theirs.state_dict())
-    _restore_state(model, optimizer, load_file(path / "optimizer.safetensors"), path)
+    restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"), path)
     random = path / f"random-{accelerator.process_index}.safetensors"
     if random.is_file():
-        _restore_random(load_file(random))
+        restore_random(load_file(random))
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
 
 
@@ -163,7 +163,12 @@ def _named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
     }
 
 
-def _restore_state(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict, path: Path) -> None:
+def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict, path: Path) -> None:
+    """Gives an optimizer the state that was saved under the names of parameters.
+
+    Raises:
+        ValueError: if a parameter or its state is not there.
+    """
     params = dict(model.named_parameters())
     grouped = {p for group in optimizer.param_groups for p in group["params"]}
     optimizer.state.clear()
@@ -182,7 +187,8 @@ def _random_state() -> dict[str, torch.Tensor]:
     return state
 
 
-def _restore_random(state: dict[str, torch.Tensor]) -> None:
+def restore_random(state: dict[str, torch.Tensor]) -> None:
+    """Sets torch's random state, of the CPU and of the GPU where both were saved."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

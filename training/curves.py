@@ -1,4 +1,4 @@
-"""The loss curve of a run as a picture."""
+"""The course of a run as a picture: its loss, or what else was measured."""
 
 import json
 from pathlib import Path
@@ -55,5 +55,36 @@ def draw_curve(records: list[dict], path: Path, title: str) -> bool:
     axes.set_title(title)
     axes.grid(alpha=0.25)
     axes.legend(loc="upper right")
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def draw_measures(records: list[dict], path: Path, title: str, measures: dict[str, str]) -> bool:
+    """Draws measures over steps, one below the other.
+
+    Args:
+        records: of `metrics.jsonl`.
+        path: the PNG to write.
+        title: above the picture.
+        measures: key in the records -> what it is called.
+
+    Returns:
+        Whether it was drawn; matplotlib comes with the extra `train`.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(7, 2.1 * len(measures) + 0.6), layout="constrained")
+    for axes, (key, name) in zip(
+        figure.subplots(len(measures), sharex=True, squeeze=False)[:, 0], measures.items(), strict=True
+    ):
+        points = [(record["step"], record[key]) for record in records if key in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), color="#1f4e79", marker="o", markersize=3, linewidth=1.2)
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.25)
+    axes.set_xlabel("steps")
+    figure.suptitle(title)
     figure.savefig(path, dpi=120)
     return True

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 from tessera.configs.recipes import read_yaml
 from tessera.configs.resolve import resolve_config
 from tessera.conversion.model_args import config_from_model_args, is_model_args
-from tessera.data.text import Tokens, read_documents, split_documents
+from tessera.data.sources import read_documents
+from tessera.data.text import Tokens, split_documents
 from tessera.data.token_files import PreparedData, is_prepared, open_prepared
 from tessera.modeling.configuration_tessera import TesseraConfig
 from tessera.modeling.loading import first_sentence, read_config, read_json
@@ -70,6 +71,8 @@ def open_corpus(
     Raises:
         ValueError: if one of them cannot be read, they do not fit each other, or there is too little text.
     """
+    if Path(data).suffix == ".bin" and is_prepared(Path(data).parent):
+        raise ValueError(f"{data} is part of the prepared tokens in {Path(data).parent}; give that folder")
     if is_prepared(data):
         return _open_tokens(open_prepared(data), data, tokenizer, config, follow)
     loaded, source = load_tokenizer(tokenizer)

@@ -95,6 +95,7 @@ def run_in_our_words(values: dict[str, Any], processes: int, source: str) -> dic
         ValueError: for two names of one thing, and for what has a name but cannot be done here.
     """
     values = {name: value for name, value in values.items() if value is not None}
+    other_words = bool(FIXED.keys() & values.keys())
     for name in sorted(FIXED.keys() & values.keys()):
         if (value := values.pop(name)) not in FIXED[name]:
             raise ValueError(
@@ -103,7 +104,7 @@ def run_in_our_words(values: dict[str, Any], processes: int, source: str) -> dic
             )
     least = values.pop("min_lr", None)
     ours = _rename(values, RUN_NAMES, source)
-    if least is None and ours.keys() - {"data_file"} <= values.keys():
+    if least is None and not other_words and ours.keys() - {"data_file"} <= values.keys():
         return ours
     for name, table in RUN_VALUES.items():
         value = ours.get(name)

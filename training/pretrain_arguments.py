@@ -4,6 +4,7 @@ What belongs here: an argument, its default, what it refuses, and which argument
 """
 
 import difflib
+import math
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -86,6 +87,9 @@ class PretrainArguments:
     sample_tokens: int = 300
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}")
         for name in (
             "batch_size",
             "accumulation",
@@ -112,6 +116,8 @@ class PretrainArguments:
             raise ValueError(f"precision must be 'auto' or 'fp32', got '{self.precision}'")
         if self.accumulation is not None and self.micro_batch_size is not None:
             raise ValueError("accumulation and micro_batch_size both split a step; give one of them")
+        if self.tokens is not None:
+            self.tokens = int(self.tokens)  # 2e9 on a command line
         if self.epochs is None and self.steps is None and self.minutes is None and self.tokens is None:
             self.epochs = 1
 

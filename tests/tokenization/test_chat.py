@@ -108,6 +108,13 @@ def test_the_mask_holds_what_the_assistant_says_and_the_ends_of_its_turns(tokeni
     assert masked == said(RENDERED)
 
 
+def test_an_answer_that_ends_in_a_character_of_several_tokens_is_marked_whole(tokenizer):
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "well 🦊"}]
+    given = tokenizer.apply_chat_template(chat, return_assistant_tokens_mask=True, return_dict=True)
+    pairs = zip(given["input_ids"], given["assistant_masks"], strict=True)
+    assert tokenizer.decode([index for index, inside in pairs if inside]) == "well 🦊<|im_end|>"
+
+
 def test_tools_make_a_system_turn_where_there_is_none(tokenizer):
     text = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tools=TOOLS, tokenize=False)
     assert text.startswith("<|im_start|>system\nYou can call these tools:\n{")

@@ -119,7 +119,7 @@ def test_a_half_written_checkpoint_is_ignored_and_cleared_by_the_next(tmp_path, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoints, "_sha256", killed)
+        patch.setattr(checkpoints, "file_sha256", killed)
         save(tmp_path, 2, model, optimizer)
     assert len(list(tmp_path.iterdir())) == 2, "the interrupted one left nothing to ignore"
     assert list_checkpoints(tmp_path) == [first]

@@ -3,7 +3,7 @@
 import pytest
 from helpers.runs import write_text
 
-from tessera.data.text import read_documents
+from tessera.data.sources import read_documents
 from tessera.training.demo import run_demo, standard_library_text
 
 SECONDS = 3 / 60

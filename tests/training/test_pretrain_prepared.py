@@ -117,6 +117,13 @@ def test_the_prepared_folders_own_tokenizer_may_be_named_and_no_other(prepared, 
         tiny_run(tmp_path, data_file=prepared, tokenizer=str(tmp_path / "bytes"), **given)
 
 
+def test_a_file_of_prepared_tokens_is_no_text(prepared, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"train\.bin is part of the prepared tokens in .*; give that folder"
+    ):
+        Run(tiny_arguments(tmp_path, data_file=str(Path(prepared) / "train.bin")))
+
+
 def test_tokens_beyond_the_vocabulary_are_refused(words, tmp_path):
     tokens = write_prepared(tmp_path / "tokens", [*range(10)] * 30 + [10], [2, 3, 4], 10, words)
     with pytest.raises(ValueError, match="holds the token 10, beyond the model's vocabulary of 10"):

@@ -1,6 +1,7 @@
 """What a run is told: recipes and flags over each other, other pipelines' YAML, `--resume` and `--smoke`."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -88,6 +89,11 @@ def test_a_flag_takes_the_place_of_what_means_the_same_in_the_recipe(below, abov
         ({"data_file": ["a"]}, "data_file must be a text"),
         ({"accumulation": 2, "micro_batch_size": 2}, "both split a step; give one"),
         ({"precision": "fp8"}, "precision must be 'auto' or 'fp32', got 'fp8'"),
+        *(
+            ({name: value}, f"{name} must be a finite number")
+            for name in ("minutes", "epochs", "clip")
+            for value in (math.nan, math.inf)
+        ),
     ],
 )
 def test_a_recipe_that_cannot_be_followed_is_refused(values, sentence, tmp_path):
@@ -117,6 +123,9 @@ def test_a_recipe_is_trained_by_the_command_and_a_runs_own_recipe_trains_the_sam
     assert len(losses(tmp_path / "a")) == 4
     last = out.splitlines()[-1]
     assert last.startswith("next: ") and f"tessera sft --model {tmp_path / 'a'} " in last
+    assert f"tessera eval --model {tmp_path / 'a'} --data OTHER_TEXT " in last, (
+        "a score on what it was trained on"
+    )
     code, _, err = tessera(
         "pretrain", "--recipe", tmp_path / "a" / "recipe.yaml", "--save-path", tmp_path / "b"
     )
@@ -201,6 +210,7 @@ def test_a_warmup_in_steps_of_a_run_in_minutes_is_refused(tmp_path):
         ({"bf16": True, "fp16": False, "lr_scheduler_type": "cosine"}, {"precision": "auto"}),
         ({"grad_checkpointing": True}, {"gradient_checkpointing": True}),
         ({"lr": 1e-3, "seed": None}, {"seed": 0}),
+        ({"learning_rate": 3e-4, "beta2": 0.95}, {"optimizer": "adamw", "learning_rate": 3e-4}),
     ],
     ids=lambda value: "-".join(value),
 )
