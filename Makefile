@@ -17,7 +17,7 @@ NO_VENV := echo "make setup: $(PYTHON) cannot make a virtual environment with pi
     "(on Debian or Ubuntu: apt install python3-venv) and run this again" >&2; exit 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-shared test-slow test-gpu test-distributed lint wheel clean
+.PHONY: help setup demo chain examples test test-shared test-slow test-gpu test-distributed test-browser lint wheel clean
 
 help: ## list the targets
 	@awk -F ': .*## ' '/^[a-z-]+:.* ## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,23 +46,39 @@ $(STAMP): constraints.txt pyproject.toml setup.cfg
 demo: setup ## from raw text to a model that answers, in minutes on a CPU (TESSERA_DATA: a text of your own)
 	$(PY) -m tessera demo
 
+chain: setup ## every stage, from text to a chat model loaded from a Hub (CHAIN_ARGS: further options)
+	$(PY) examples/full_chain.py $(CHAIN_ARGS)
+
+EXAMPLES := train_tokenizer prepare_data pretrain_small finetune_chat prefer_answers reinforce_arithmetic score_model \
+    convert_formats publish
+
+examples: setup ## the stages one by one, as short programs; what an earlier call left in runs/examples is replaced
+	rm -rf runs/examples
+	set -e; for name in $(EXAMPLES); do echo "== examples/$$name.py"; $(PY) examples/$$name.py; done
+
 test: setup ## the tests that need nothing but a CPU (PYTEST_ARGS: further options)
-	$(PARALLEL) -m "not slow and not gpu and not distributed and not shared"
+	$(PARALLEL) -m "not slow and not gpu and not distributed and not shared and not browser"
 
 test-shared: setup ## compare with the golden vectors and data in TESSERA_SHARED (../shared)
 	@[ -d "$(TESSERA_SHARED)" ] || { \
 	    echo "make test-shared: no folder '$(TESSERA_SHARED)'; name the one with the golden vectors with" \
 	         "'make test-shared TESSERA_SHARED=/path/to/shared'" >&2; exit 1; }
-	TESSERA_SHARED="$(TESSERA_SHARED)" $(PARALLEL) -m "shared and not slow and not gpu and not distributed"
+	TESSERA_SHARED="$(TESSERA_SHARED)" $(PARALLEL) -m "shared and not slow and not gpu and not distributed and not browser"
 
 test-slow: setup ## the tests of a minute and more (they read TESSERA_SHARED too)
-	TESSERA_SHARED="$(TESSERA_SHARED)" $(PYTEST) -m "slow and not gpu and not distributed"
+	TESSERA_SHARED="$(TESSERA_SHARED)" $(PYTEST) -m "slow and not gpu and not distributed and not browser"
 
 test-gpu: setup ## the tests that need a CUDA GPU
 	$(PYTEST) -m gpu
 
 test-distributed: setup ## the tests that start several processes
 	$(PYTEST) -m "distributed and not gpu"
+
+test-browser: setup ## the chat page in a headless Chromium (Debian: apt install chromium chromium-driver)
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+	    echo "make test-browser: chromium and chromedriver are not installed" \
+	         "(Debian: apt install chromium chromium-driver)" >&2; exit 1; }
+	$(PYTEST) -m browser
 
 lint: setup ## ruff: rules and format
 	$(PY) -m ruff check .

@@ -16,6 +16,9 @@ from typing import Any
 
 from .rows import read_rows
 
+# What the chat format begins and ends a turn with (`tokenization/chat.py`).
+TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
+
 IGNORED = -100  # label of a token that is not trained on
 
 ROLES = {
@@ -186,8 +189,20 @@ def find_problem(conversation: dict) -> str | None:
             return "with roles out of order"
         if role == "assistant" and not any(map(message.get, ("content", "tool_calls", "reasoning_content"))):
             return "with an empty answer"
+        # In the text of a turn these would end it and begin another, which nobody said.
+        if any(token in text for text in _texts(message) for token in (TURN_START, TURN_END)):
+            return f"that spell {TURN_START} or {TURN_END}"
         before = role
     return None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every string inside of a message."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
 
 
 # ---- reading ----

@@ -53,7 +53,7 @@ def to_preference(row: dict) -> Preference | str:
     for side in ("chosen", "rejected"):
         given = row[side]
         if isinstance(given, str) and not prompt:
-            given = read_transcript(given)
+            given = read_transcript(given) or given
         messages = [to_message(message) for message in as_messages(given, "assistant")]
         answers.append(messages[len(prompt) :] if prompt and messages[: len(prompt)] == prompt else messages)
     chosen, rejected = answers
@@ -72,12 +72,18 @@ def to_preference(row: dict) -> Preference | str:
 
 
 def load_preferences(
-    source: str, *, limit: int | None = None, say: Callable[[str], None] | None = None
+    source: str,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    limit: int | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Iterator[Preference]:
     """Reads preferences one at a time; those that cannot be learnt from are left out and counted.
 
     Args:
         source: file or folder (JSON lines, JSON, parquet), or Hub dataset.
+        split, name: of a Hub dataset; default: `train` or `train_prefs`, and its only configuration.
         limit: preferences to read at most.
         say: what is told how many were left out, at the end; default: prints to stderr.
 
@@ -86,7 +92,8 @@ def load_preferences(
     """
     say = say or (lambda text: print(text, file=sys.stderr))
     number, kept, dropped = 0, 0, Counter()
-    for number, row in enumerate(read_rows(source, splits=("train", "train_prefs")), start=1):
+    splits = (split,) if split else ("train", "train_prefs")
+    for number, row in enumerate(read_rows(source, splits=splits, name=name), start=1):
         try:
             found = to_preference(row)
         except (ValueError, TypeError, KeyError, AttributeError) as error:

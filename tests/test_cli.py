@@ -76,7 +76,7 @@ def test_help_names_every_command(tessera):
     [
         (["pretain"], "No such command 'pretain'. Did you mean 'pretrain'?"),
         (["generate", "--ckpt-path", "x", "--promt", "y"], "No such option: --promt"),
-        (["pretrain", "--config", "llama-tiny"], "Missing option '--data-file'"),
+        (["pretrain", "--config", "llama-tiny"], "option '--data' is missing"),
         (["generate", "--ckpt-path", "x", "--temperature", "hot"], "Invalid value for '--temperature'"),
     ],
 )
@@ -210,7 +210,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(command, damage, 
 
 def test_a_tokenizer_that_does_not_fit_is_refused_in_one_line(tessera, tmp_path):
     build_byte_tokenizer(eos_token="<|end|>").save_pretrained(tmp_path / "bytes")
-    options = ["--config", "llama-tiny", "--data-file", write_text(tmp_path), "--save-path", tmp_path / "run"]
+    config = write_config(tmp_path)
+    options = ["--config", config, "--data-file", write_text(tmp_path), "--save-path", tmp_path / "run"]
     result = tessera("pretrain", "--tokenizer", tmp_path / "bytes", *options)
     assert_refused(result, "has 257 tokens, the model's vocabulary only 256")
     assert not (tmp_path / "run").exists()

@@ -70,7 +70,7 @@ def dpo(args: DPOArguments, resume: bool = False) -> PostTrainingResult:
         FloatingPointError: if the loss is no longer a number.
     """
     shop = Workshop(args, resume, dropout=False)
-    pairs = list(load_preferences(args.data, limit=args.limit))
+    pairs = list(load_preferences(args.data, split=args.split, name=args.name, limit=args.limit))
     if args.eval_data:
         held_out = list(load_preferences(args.eval_data, limit=MOST_HELD_OUT))
     else:

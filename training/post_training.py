@@ -52,6 +52,7 @@ class PostTrainingArguments:
 
     Attributes:
         model: run or model directory to start from.
+        split, name: of `data` where that is a Hub dataset; default: `train`, and its only configuration.
         data, eval_data: file, folder or Hub dataset to train and to evaluate on; without the latter a part of
             the former is held out.
         save_path: run directory.
@@ -71,6 +72,8 @@ class PostTrainingArguments:
 
     model: str
     data: str | None = None
+    split: str | None = None
+    name: str | None = None
     eval_data: str | None = None
     save_path: str
     max_seq_len: int | None = None

@@ -48,13 +48,10 @@ class SFTArguments(PostTrainingArguments):
     Attributes:
         packing: several conversations in a row; a row is `max_seq_len` tokens.
         streaming: read and encode the data while training; needs `steps`.
-        split, name: of a Hub dataset.
     """
 
     packing: bool = True
     streaming: bool = False
-    split: str | None = None
-    name: str | None = None
 
     def __post_init__(self):
         if not self.data:

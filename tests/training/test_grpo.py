@@ -115,6 +115,8 @@ def test_problems_are_questions_with_answers(tmp_path):
     assert [problem["prompt"] for problem in problems] == [[{"role": "user", "content": "1 + 1?"}]] * 3
     assert number_reward(["2"] * 3, answer=[problem["answer"] for problem in problems]) == [1, 1, 1]
     assert len(load_problems(str(tmp_path / "a.jsonl"), limit=2)) == 2
+    write_rows(tmp_path / "test-0.jsonl", rows[:1])
+    assert len(load_problems(str(tmp_path), split="test")) == 1
     for content, sentence in (
         ("", "is empty"),
         ('{"q": 1}', "row 1: no problem: its columns are q; expected"),

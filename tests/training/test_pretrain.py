@@ -65,6 +65,21 @@ def stop_after(monkeypatch, step: int, error: type[BaseException] = SystemExit) 
 # ---- learning ----
 
 
+def test_the_first_and_the_last_validation_see_all_the_text_and_others_a_sample(tmp_path, monkeypatch):
+    scored = []
+
+    def text_loss(*given):
+        scored.append(trainer_text_loss(*given))
+        return scored[-1]
+
+    trainer_text_loss = trainer.text_loss
+    monkeypatch.setattr(trainer, "text_loss", text_loss)
+    tiny_run(tmp_path, evaluations=1, eval_tokens=64)
+    whole = int(len(REPETITIVE) * 0.1) - 1
+    first, during, last = [loss.tokens for loss in scored]
+    assert (first, last) == (whole, whole) and 32 <= during <= 96
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_loss_falls_on_a_repetitive_text(optimizer, tmp_path):
     rate = 3e-3 if optimizer == "adamw" else None

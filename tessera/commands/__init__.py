@@ -1,0 +1,1 @@
+"""The commands, one file for each stage: names, flags and help. The work is done in the stage's folder."""

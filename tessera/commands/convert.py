@@ -1,0 +1,97 @@
+"""`tessera convert`, `tessera push`: in from other formats, out to them and to the Hub."""
+
+from typing import Annotated
+
+import typer
+
+from ._common import silence_transformers
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="Model directory of any known kind, or a run directory.")
+    ],
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="Directory to write; must not be there yet.")
+    ],
+    n_experts: Annotated[
+        int | None,
+        typer.Argument(
+            metavar="N_EXPERTS", help="With MP, for native shards: routed experts of the model; 0 if dense."
+        ),
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Argument(metavar="MP", help="Model-parallel ranks: one file each.")
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="tessera, native, llama, mistral, qwen3, gpt2, deepseek_v3 or nanochat; default: tessera, "
+            "or native if ranks are given."
+        ),
+    ] = None,
+    mp: Annotated[int | None, typer.Option(help="Model-parallel ranks of the native layout.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Round to float32, bfloat16 or float16; default: as it is.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the result is verified: cpu, cuda.")] = "cpu",
+) -> None:
+    """Convert from and to other families and native shards.
+
+    What SOURCE is, its files say: a Tessera, Llama, Mistral, Qwen3, GPT-2, DeepSeek-V3 or NanoChat model,
+    the native layout, or nanochat's own model_*.pt. The result is kept only if its logits are those of the
+    source.
+    """
+    if n_experts is not None and ranks is None:
+        raise ValueError("give both numbers or neither: N_EXPERTS and MP, the ranks of the native layout")
+    if ranks is not None and mp not in (None, ranks):
+        raise ValueError(f"MP is given twice, as {ranks} and as {mp}")
+    silence_transformers()
+    from tessera.conversion.convert import convert as run
+
+    done = run(
+        source,
+        target,
+        to=to,
+        n_experts=n_experts,
+        mp=mp if ranks is None else ranks,
+        dtype=dtype,
+        device=device,
+    )
+    for note in done.notes:
+        typer.echo(note)
+    typer.echo(
+        f"{done.source} -> {done.target}: {done.parameters:,} parameters; logits differ by at most "
+        f"{done.difference.largest:.3g} (allowed: {done.difference.allowed:.3g})\nwritten: {target}"
+    )
+
+
+def push(
+    model: Annotated[str, typer.Argument(help="Model directory, or a run directory.", show_default=False)],
+    repo_id: Annotated[str, typer.Argument(help="Name on the Hub: owner/name.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="For nobody else to see.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; default: main.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    license: Annotated[str | None, typer.Option(help="As the Hub calls it: apache-2.0, mit, ...")] = None,
+    dry_run: Annotated[
+        str | None, typer.Option(help="Directory to put the release in, instead of sending it.")
+    ] = None,
+) -> None:
+    """Publish a model on the Hugging Face Hub.
+
+    Weights, configuration, model code, tokenizer and a model card go up in one commit, after the directory
+    was loaded in a process that has no Tessera and gave the same logits.
+    """
+    silence_transformers()
+    from tessera.conversion.push import push as run
+
+    place = run(
+        model,
+        repo_id,
+        private=private,
+        revision=revision,
+        message=message,
+        license=license,
+        dry_run=dry_run,
+    )
+    typer.echo(f"loads without Tessera, with the same logits\n{'written' if dry_run else 'pushed'}: {place}")

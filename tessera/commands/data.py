@@ -1,0 +1,150 @@
+"""`tessera data`: from text to tokens on disk."""
+
+from typing import Annotated
+
+import typer
+
+from ._common import silence_transformers
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="From text to tokens on disk, or from the Hub."
+)
+
+
+@app.callback()
+def _group() -> None:
+    pass
+
+
+@app.command()
+def prepare(
+    output: Annotated[str, typer.Option(help="Folder to write; must not exist, or be empty.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text, JSON lines, parquet: file, folder or Hub dataset (org/name). May be given again; "
+            "X:0.7 gives a source a weight in tokens."
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A known mixture instead of --data: c4-wikipedia.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer directory or Hub name; default: bytes.")
+    ] = None,
+    tokens: Annotated[
+        float | None, typer.Option(help="Stop at so many tokens, such as 1e9; default: all, of a preset 2e9.")
+    ] = None,
+    val_fraction: Annotated[float, typer.Option(help="Share of the documents that is held out.")] = 0.005,
+    val_data: Annotated[
+        list[str] | None, typer.Option(help="Text to hold out instead, as it is. May be given again.")
+    ] = None,
+    filters: Annotated[
+        str | None,
+        typer.Option(help="none, basic, or names with commas between; default: none, of a preset basic."),
+    ] = None,
+    min_chars: Annotated[
+        int | None, typer.Option(help="Shortest document; default: 200 with basic filters, else any.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that encode; default: one a core.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the order in which Hub datasets are read.")] = 0,
+    column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of Hub datasets.")] = "train",
+    name: Annotated[str | None, typer.Option(help="Configuration of Hub datasets, such as en.")] = None,
+) -> None:
+    """Read, filter and encode text to train.bin and val.bin."""
+    silence_transformers()
+    import os
+
+    from tessera.data.filters import choose_filters
+    from tessera.data.mixing import MIXTURES, parse_source
+    from tessera.data.prepare import prepare as run
+
+    if (preset is None) == (not data):
+        raise ValueError("give either --data or --preset")
+    if preset is None:
+        sources = [parse_source(source, column=column, split=split, name=name) for source in data]
+    else:
+        if preset not in MIXTURES:
+            raise ValueError(f"there is no mixture {preset!r}; there are {', '.join(MIXTURES)}")
+        sources = list(MIXTURES[preset].sources)
+        tokens = MIXTURES[preset].tokens if tokens is None else tokens
+    if tokens is not None and not 1 <= tokens < 2**63:
+        raise ValueError(f"--tokens must be at least 1, got {tokens:g}")
+    meta = run(
+        sources,
+        output,
+        tokenizer=tokenizer,
+        tokens=None if tokens is None else int(tokens),
+        val_fraction=val_fraction,
+        val_data=val_data,
+        filters=choose_filters(filters or ("basic" if preset else "none"), min_chars),
+        workers=workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0]),
+        seed=seed,
+    )
+    _show(meta)
+    typer.echo(f"\ntokens: {output}\nnext: tessera pretrain --config PRESET --data {output}")
+
+
+@app.command()
+def download(
+    dataset: Annotated[str, typer.Argument(help="Dataset or model repository on the Hub: org/name.")],
+    output: Annotated[str, typer.Option(help="Folder to write; must not exist, or be empty.")],
+) -> None:
+    """Fetch text that is tokenized already from the Hub."""
+    silence_transformers()
+    from tessera.data.download import download as run
+
+    _show(run(dataset, output).meta)
+    typer.echo(f"\ntokens: {output}\nnext: tessera pretrain --config PRESET --data {output}")
+
+
+@app.command()
+def inspect(
+    folder: Annotated[str, typer.Argument(help="What prepare or download wrote.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read and hash every file.")] = False,
+    characters: Annotated[int, typer.Option(help="How much of the text to show.")] = 300,
+) -> None:
+    """Check a folder of tokens, and show what is in it."""
+    silence_transformers()
+    from tessera.data.token_files import decode_start, open_prepared
+
+    data = open_prepared(folder, verify=verify)
+    _show(data.meta)
+    for split in ("train", "val"):
+        typer.echo(f"\n{split} begins:\n{decode_start(data, split, characters)}")
+
+
+def _show(meta: dict) -> None:
+    """Counts by split, by source and by reason to drop."""
+    rows = [("split", "documents", "tokens", "MB", "bytes/token")]
+    for split in ("train", "val"):
+        counts = meta[split]
+        rows.append((split, *_counts(counts)))
+    _table(rows)
+    if sources := meta.get("sources"):
+        rows = [("source", "documents", "tokens", "MB", "bytes/token", "share", "weight")]
+        total = sum(source["tokens"] for source in sources) or 1
+        for source in sources:
+            share, weight = f"{100 * source['tokens'] / total:.1f} %", source.get("weight", "")
+            rows.append((source["source"], *_counts(source), share, str(weight)))
+        _table(rows)
+    if dropped := (meta.get("filters") or {}).get("dropped"):
+        total = sum(source["read"] for source in meta["sources"])
+        rows = [("dropped", "documents", "share")]
+        _table(rows + [(name, f"{n:,}", f"{100 * n / total:.2f} %") for name, n in dropped.items()])
+
+
+def _counts(counts: dict) -> tuple[str, ...]:
+    tokens, size = counts["tokens"], counts["bytes"]
+    documents = counts.get("documents")
+    shown = "?" if documents is None else f"{documents:,}"
+    return shown, f"{tokens:,}", f"{size / 1e6:,.1f}", f"{size / max(tokens, 1):.2f}"
+
+
+def _table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    typer.echo()
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        typer.echo("  ".join([first.ljust(widths[0]), *cells]))

@@ -1,0 +1,81 @@
+"""`tessera tokenizer`: from text to a tokenizer, or one that exists already."""
+
+from typing import Annotated
+
+import typer
+
+from ._common import require_extra, silence_transformers
+
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Train a tokenizer, or import one that exists."
+)
+
+Output = Annotated[str, typer.Option(help="Directory to write; it must not exist, or be empty.")]
+
+
+@app.callback()
+def _group() -> None:
+    pass
+
+
+@app.command()
+def train(
+    output: Output,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text file or folder, JSON lines, parquet, or Hub dataset; may be given again."),
+    ] = None,
+    kind: Annotated[str, typer.Option("--type", help="bpe, sentencepiece or bytes.")] = "bpe",
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Tokens in all, special ones included; default 32000.")
+    ] = None,
+    column: Annotated[str, typer.Option(help="Column of the text in tables.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of Hub datasets.")] = "train",
+    name: Annotated[str | None, typer.Option(help="Configuration of Hub datasets.")] = None,
+    limit_mb: Annotated[float, typer.Option(help="Megabytes of text to read at most; 0 for all.")] = 1000.0,
+) -> None:
+    """Train a tokenizer on text."""
+    if not data and kind != "bytes":
+        raise ValueError("give --data: text to train the tokenizer on")
+    if limit_mb < 0:
+        raise ValueError(f"--limit-mb must be 0 (all) or more, got {limit_mb:g}")
+    if kind == "sentencepiece":
+        require_extra("tokenizer", "sentencepiece")
+    from tessera.data.sources import read_texts
+    from tessera.tokenization import train_tokenizer
+
+    silence_transformers()
+    texts = (
+        read_texts(
+            data, column=column, split=split, name=name, limit_bytes=int(limit_mb * 1e6) if limit_mb else None
+        )
+        if data and kind != "bytes"
+        else ()
+    )
+    train_tokenizer(texts, kind=kind, vocab_size=vocab_size, output=output, source=data, report=typer.echo)
+    typer.echo(f"tokenizer: {output}")
+
+
+@app.command("import")
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="o200k_base, cl100k_base or gpt2; a .tiktoken or SentencePiece .model file; a folder with "
+            "encoder.json and vocab.bpe, or with tokenizer.json; or a tokenizer on the Hub."
+        ),
+    ],
+    output: Output,
+    encoding: Annotated[
+        str | None, typer.Option("--as", help="Encoding of a rank file, where its name does not tell.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat/--no-chat", help="Add the tokens and the template of the chat format.")
+    ] = True,
+) -> None:
+    """Make a tokenizer directory of a tokenizer that exists."""
+    from tessera.tokenization import import_tokenizer
+
+    silence_transformers()
+    tokenizer = import_tokenizer(source, encoding=encoding, chat=chat, output=output)
+    typer.echo(f"{len(tokenizer)} tokens\ntokenizer: {output}")
