@@ -154,6 +154,10 @@ def to_message(given: dict) -> dict:
     calls = given.get("tool_calls") or ([given["tool_call"]] if given.get("tool_call") else [])
     if content is None and not calls:
         raise ValueError(f"a message of the {role} has no content; it has {', '.join(given)}")
+    if content is not None and not isinstance(content, str | list):
+        raise ValueError(
+            f"the content of a message of the {role} is {type(content).__name__}, expected a text or parts"
+        )
     message = {"role": role, "content": "" if content is None else content}
     reasoning = next((given[k] for k in ("reasoning_content", "thinking", "reasoning") if given.get(k)), None)
     if role == "assistant" and reasoning is None and isinstance(content, str):

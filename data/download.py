@@ -26,13 +26,19 @@ def download(repo: str, output: str | Path) -> PreparedData:
         ValueError: if there is no such repository or it holds no tokens. Nothing is left behind then.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
 
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder; give another, or remove it first")
     output = output.resolve()
-    partial = output.with_name(output.name + ".partial")
+    # Of this repository: files of another one would be taken for its own.
+    partial = output.with_name(f"{output.name}.{repo.replace('/', '--')}.partial")
     for kind in ("dataset", "model"):
         try:
             # What an earlier call that was broken off left there is not fetched again.
@@ -40,6 +46,10 @@ def download(repo: str, output: str | Path) -> PreparedData:
             break
         except HFValidationError as error:
             raise ValueError(f"{repo!r} is no name on the Hub, which is written org/name") from error
+        except GatedRepoError as error:
+            raise ValueError(
+                f"{repo} is gated: accept its terms on its page on the Hub, and log in with hf auth login"
+            ) from error
         except RepositoryNotFoundError as error:
             if kind == "model":
                 shutil.rmtree(partial, ignore_errors=True)

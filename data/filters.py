@@ -160,7 +160,7 @@ def _urls(document: Document) -> bool:
 
 def _non_printing(document: Document) -> bool:
     text = document.text
-    return not text.isascii() and len(_NON_PRINTING.findall(text)) > 0.005 * len(text) or "\0" in text  # ours
+    return "\0" in text or len(_NON_PRINTING.findall(text)) > 0.005 * len(text)  # ours
 
 
 def _not_english(document: Document) -> bool:
@@ -248,18 +248,23 @@ class SeenTexts:
         self._old = np.empty(0, dtype=np.uint64)  # sorted
         self._recent: set[int] = set()
 
-    def add(self, digest: bytes) -> bool:
-        """Whether a fingerprint is new; from now on it is not."""
-        # Other bits than those that draw the split, so that the two have nothing to do with each other.
-        key = int.from_bytes(digest[8:16], "little")
+    def __contains__(self, digest: bytes) -> bool:
+        """Whether a fingerprint was added before."""
+        key = self._key(digest)
         if key in self._recent:
-            return False
+            return True
         place = int(np.searchsorted(self._old, np.uint64(key)))
-        if place < len(self._old) and self._old[place] == key:
-            return False
-        self._recent.add(key)
+        return place < len(self._old) and bool(self._old[place] == key)
+
+    def add(self, digest: bytes) -> None:
+        """Remembers a fingerprint that is not there yet."""
+        self._recent.add(self._key(digest))
         if len(self._recent) >= self.RECENT:
             recent = np.fromiter(self._recent, dtype=np.uint64, count=len(self._recent))
             self._old = np.sort(np.concatenate([self._old, recent]), kind="stable")
             self._recent.clear()
-        return True
+
+    @staticmethod
+    def _key(digest: bytes) -> int:
+        # Other bits than those that draw the split, so that the two have nothing to do with each other.
+        return int.from_bytes(digest[8:16], "little")

@@ -190,7 +190,6 @@ class _Job:
 
     def run(self, pool: EncodingPool) -> None:
         """Reads until the sources end or the tokens are enough."""
-        dedupe = DUPLICATE in self.encoder.filters.names or self.held_out
         with _Progress(self.budget) as progress:
             for stream, text, result in self._encoded(pool):
                 stream.read += 1
@@ -198,14 +197,12 @@ class _Job:
                 stream.chars_in_flight -= len(text)
                 if result.reason:
                     self.dropped[result.reason] += 1
-                elif dedupe and not self._is_new(result):
+                elif result.digest in self.seen:
                     self.dropped[DUPLICATE] += 1
-                elif self.waiting is None:
-                    self._write(stream, result)
                 else:
-                    self.waiting.append((stream, text, result))
-                    if len(self.waiting) == MANY_DOCUMENTS:
-                        self._write_waiting()
+                    if DUPLICATE in self.encoder.filters.names:
+                        self.seen.add(result.digest)
+                    self._keep(stream, text, result)
                 progress.show(self.streams, self._tokens(), self.dropped)
                 if self.budget is not None and self._tokens() >= self.budget:
                     return
@@ -252,8 +249,13 @@ class _Job:
             for text, result in zip(texts, wait(), strict=True):
                 yield stream, text, result
 
-    def _is_new(self, result: Encoded) -> bool:
-        return self.seen.add(result.digest)
+    def _keep(self, stream: Stream, text: str, result: Encoded) -> None:
+        if self.waiting is None:
+            self._write(stream, result)
+            return
+        self.waiting.append((stream, text, result))
+        if len(self.waiting) == MANY_DOCUMENTS:
+            self._write_waiting()
 
     def _tokens(self) -> int:
         waiting = sum(len(result.ids) for _, _, result in self.waiting or ())

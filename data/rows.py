@@ -4,14 +4,12 @@ What belongs here: finding the table that a user named and reading it as diction
 is the business of who reads them.
 """
 
-import gzip
 import json
-import lzma
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-COMPRESSIONS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
+from .sources import COMPRESSIONS, UNPACKING_ERRORS
 
 
 def read_rows(
@@ -85,10 +83,10 @@ def _read_json(file: Path) -> Iterator[dict]:
                 number += 1
                 if line.strip():
                     yield json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         place = f", line {number}," if number else ""
         raise ValueError(f"{file}{place} is not JSON: {error}") from error
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+    except UNPACKING_ERRORS as error:
         raise ValueError(f"{file} cannot be unpacked: {error}") from error
 
 

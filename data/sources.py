@@ -17,15 +17,19 @@ import gzip
 import json
 import lzma
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from .text import TEXT_SUFFIXES
-
 SEPARATOR = "<|endoftext|>"
+TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".csv", ".tsv", ".html", ".tex", ".log"}
 ROW_SUFFIXES = {".jsonl", ".json", ".parquet"}
 COMPRESSIONS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
+UNPACKING_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
+UNREAD = {".bz2", ".zip", ".zst"}  # what text also comes in
+# A text of which more than this share is not UTF-8 is in another encoding, or no text.
+UNDECODED = 0.1
 # Characters after which a document is cut where it next can be; at three times that, anywhere.
 PIECE = 2**20
 # Rows of a Hub dataset that are held and drawn from in random order: 20 MB or so of web pages.
@@ -90,6 +94,29 @@ def read_source(
     else:
         raise ValueError(f"there is no file or folder {source}, and a Hub dataset is written org/name")
     return _without_empty(texts, source)
+
+
+def read_documents(path: str | Path) -> list[bytes]:
+    """Reads plain text byte for byte into memory: a file, or every text file below a folder.
+
+    Raises:
+        ValueError: if nothing is there, nothing but empty files, or text inside something else (tables,
+            compressed files): its wrapping would be learnt with it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"there is no file or folder {path}")
+    files = _files_of(path)
+    for file in files:
+        if {*_suffixes(file)} & {*ROW_SUFFIXES, *COMPRESSIONS, *UNREAD}:
+            raise ValueError(
+                f"{file} is no plain text; take the text out of it with tessera data prepare --data {path} "
+                "--output TOKENS, and use TOKENS"
+            )
+    documents = [document for file in files if (document := file.read_bytes())]
+    if not documents:
+        raise ValueError(f"{path} is empty: there is nothing to train on")
+    return documents
 
 
 def _read_all(streams: list[Iterator[str]], limit_bytes: int | None) -> Iterator[str]:
@@ -185,6 +212,8 @@ def _read_text(file: Path) -> Iterator[str]:
     separated = False
     try:
         with _open(file) as stream:
+            _require_text(stream.read(PIECE), file)
+            stream.seek(0)
             # A line can be as long as the file.
             while line := stream.readline(PIECE):
                 if line.startswith(SEPARATOR) and line.strip() == SEPARATOR:
@@ -198,10 +227,15 @@ def _read_text(file: Path) -> Iterator[str]:
                 if length >= PIECE and (cut_here or length >= 3 * PIECE):
                     yield "".join(parts)
                     parts, length = [], 0
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+    except UNPACKING_ERRORS as error:
         raise ValueError(f"{file} cannot be unpacked: {error}") from error
     text = "".join(parts)
     yield text.strip("\r\n") if separated else text
+
+
+def _require_text(beginning: str, file: Path) -> None:
+    if "\0" in beginning or beginning.count("\ufffd") > UNDECODED * len(beginning):
+        raise ValueError(f"{file} is no text in UTF-8: convert it, unpack it, or leave it out")
 
 
 def _read_json(file: Path, column: str) -> Iterator[str]:
@@ -212,20 +246,23 @@ def _read_json(file: Path, column: str) -> Iterator[str]:
                 first = stream.read(1)
             stream.seek(0)
             if first == "[":
-                rows = json.load(stream)
-                numbered: Any = enumerate(rows, start=1)
-                unit = "row"
-            else:
-                numbered = ((number, line) for number, line in enumerate(stream, start=1) if line.strip())
-                unit = "line"
-            for number, row in numbered:
-                where = f"{file}, {unit} {number}"
-                yield _text_of(json.loads(row) if unit == "line" else row, column, where)
-    except json.JSONDecodeError as error:
-        place = f"line {number}" if first != "[" else "which begins as a JSON array"
-        raise ValueError(f"{file}, {place}, is not JSON: {error}") from error
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError) as error:
+                rows = _parse_json(stream.read(), f"{file}, which begins as a JSON array")
+                for number, row in enumerate(rows, start=1):
+                    yield _text_of(row, column, f"{file}, row {number}")
+                return
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    where = f"{file}, line {number}"
+                    yield _text_of(_parse_json(line, where), column, where)
+    except UNPACKING_ERRORS as error:
         raise ValueError(f"{file} cannot be unpacked: {error}") from error
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also numbers and nesting beyond what Python reads
+        raise ValueError(f"{where}, is not JSON: {error}") from error
 
 
 def _read_parquet(file: Path, column: str) -> Iterator[str]:

@@ -1,45 +1,17 @@
-"""Plain text from files to rows of tokens in memory.
+"""From documents to rows of tokens.
 
-What belongs here: reading a file or folder of text, the split into training and validation, and the order in
-which training sees its windows, which is a pure function of the seed, so that any step can be computed
-without those before it.
+What belongs here: the split into training and validation, and the order in which training sees its windows,
+which is a pure function of the seed, so that any step can be computed without those before it.
 """
 
 import hashlib
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 
-# What counts as text when a folder is given.
-TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".csv", ".tsv", ".json", ".jsonl", ".html", ".tex", ".log"}
 # From this many documents on, whole documents are held out; below it, the tail of the text is.
 MANY_DOCUMENTS = 20
-
-
-def read_documents(path: str | Path) -> list[bytes]:
-    """Reads one file, or every text file below a folder in the order of their paths.
-
-    Raises:
-        ValueError: if nothing is there, or nothing but empty files.
-    """
-    path = Path(path)
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        files = sorted(
-            file for file in path.rglob("*") if file.suffix.lower() in TEXT_SUFFIXES and file.is_file()
-        )
-        if not files:
-            known = ", ".join(sorted(TEXT_SUFFIXES))
-            raise ValueError(f"no text files in {path} (looked for {known})")
-    else:
-        raise ValueError(f"there is no file or folder {path}")
-    documents = [document for file in files if (document := file.read_bytes())]
-    if not documents:
-        raise ValueError(f"{path} is empty: there is nothing to train on")
-    return documents
 
 
 def split_documents(documents: list[bytes], fraction: float = 0.1) -> tuple[list[bytes], list[bytes]]:

@@ -29,6 +29,9 @@ from .text import Tokens
 FORMAT = 1
 META = "data_meta.json"
 SPLITS = ("train", "val")
+COUNTS = ("documents", "tokens", "bytes")  # of a split
+# Names that in a folder of somebody else's mean something else.
+OUR_NOTES = ("sha256", "tokenizer_sha256", "sources", "filters")
 DTYPES = {"uint8": "<u1", "uint16": "<u2", "uint32": "<u4"}
 
 
@@ -158,6 +161,7 @@ def open_prepared(folder: str | Path, *, verify: bool = False) -> PreparedData:
     for split in SPLITS:
         _check_ids(folder / f"{split}.bin", ids[split], meta.get("vocab_size"), whole=verify)
     tokenizer = _find_tokenizer(folder)
+    _check_tokenizer(folder, tokenizer, meta)
     val_bytes = meta.get("val", {}).get("bytes")
     if val_bytes is None:
         val_bytes = _count_bytes(ids["val"], tokenizer, meta, folder)
@@ -201,8 +205,14 @@ def _read_meta(folder: Path) -> dict:
     dtype = names.get(given, given.removeprefix("numpy.").removeprefix("np."))
     if dtype not in DTYPES:
         raise ValueError(f"{folder / META} names the type {given!r}, expected one of {', '.join(DTYPES)}")
-    # Other packages have a split's name for a number.
+    # Other packages have a split's name for a number, and their own account of sources and filters.
+    of_others = () if isinstance(meta.get("format"), int) else OUR_NOTES
+    meta = {name: value for name, value in meta.items() if name not in of_others}
     counts = {split: meta[split] if isinstance(meta.get(split), dict) else {} for split in SPLITS}
+    numbers = {f"{split}.{name}": counts[split].get(name) for split in SPLITS for name in COUNTS}
+    for name, value in {**numbers, "vocab_size": meta.get("vocab_size")}.items():
+        if value is not None and not isinstance(value, int | float):
+            raise ValueError(f"{folder / META} says that {name} is {value!r}, expected a number")
     return {**meta, **counts, "dtype": dtype}
 
 
@@ -268,6 +278,19 @@ def _check_ids(path: Path, ids: np.ndarray, vocab_size: int | None, whole: bool)
                 f"{path} holds the id {found}, beyond the vocabulary of {vocab_size}: "
                 "another tokenizer wrote it, or its type is not the one that is named"
             )
+
+
+def _check_tokenizer(folder: Path, tokenizer: Path | None, meta: dict) -> None:
+    """Whether it is the one that the tokens were made with, as far as that was written down."""
+    expected = meta.get("tokenizer_sha256")
+    if expected is None:
+        return
+    if tokenizer is None:
+        raise ValueError(f"{folder} has no tokenizer/, so that nobody knows what its ids mean")
+    if file_sha256(tokenizer / "tokenizer.json") != expected:
+        raise ValueError(
+            f"{tokenizer / 'tokenizer.json'} is not the tokenizer that the tokens of {folder} were made with"
+        )
 
 
 def _find_tokenizer(folder: Path) -> Path | None:

@@ -6,8 +6,10 @@ with the signature that makes it comparable.
 
 import json
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
+from tessera.data.rows import read_rows
 from tessera.serving.generate import Sampling, complete
 
 # Resamples for the interval; sacrebleu's own default.
@@ -32,35 +34,24 @@ class Bleu:
     hypotheses: list[str]
 
 
-def read_pairs(path: str | Path, limit: int | None = None) -> list[Pair]:
-    """Reads JSON lines with `prompt` or `source`, and `reference`, `references` or `target`.
+def read_pairs(source: str | Path, limit: int | None = None) -> list[Pair]:
+    """Reads rows with `prompt` or `source`, and `reference`, `references` or `target`.
 
     Args:
-        path: the file; a reference is a text or a list of texts.
+        source: JSON lines or another table, as for `read_rows`; a reference is a text or a list of texts.
         limit: pairs at most.
 
     Raises:
-        ValueError: if there is no such file, nothing in it, or a line lacks a column or is not JSON.
+        ValueError: if there is no such table, nothing in it, or a row lacks a column.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}; BLEU needs JSON lines with prompt and reference")
-    pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip() and (limit is None or len(pairs) < limit):
-            pairs.append(_read_pair(line, f"{path}, line {number}"))
+    rows = enumerate(read_rows(str(source), splits=("test", "validation", "train")), start=1)
+    pairs = [_to_pair(row, f"{source}, row {number}") for number, row in islice(rows, limit)]
     if not pairs:
-        raise ValueError(f"{path} holds no pairs of prompt and reference")
+        raise ValueError(f"{source} holds no pairs of prompt and reference")
     return pairs
 
 
-def _read_pair(line: str, where: str) -> Pair:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}, is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
+def _to_pair(row: dict, where: str) -> Pair:
     prompt = next((row[key] for key in ("prompt", "source") if key in row), None)
     references = next((row[key] for key in ("references", "reference", "target") if key in row), None)
     if isinstance(references, str):

@@ -33,16 +33,20 @@ class HeldOut:
     stream: Tokens
 
 
-def read_held_out(path: str, tokenizer) -> HeldOut:
-    """Reads text (files, folders, Hub datasets; see `data/sources.py`), or the held-out part of a prepared
-    folder.
+def read_held_out(path: str, tokenizer, **where: str | None) -> HeldOut:
+    """Reads text, or the held-out part of a prepared folder.
+
+    Args:
+        path: file, folder, Hub dataset, or prepared folder.
+        tokenizer: of the model.
+        where: column, split and configuration of tables, as for `read_texts`.
 
     Raises:
         ValueError: if there is nothing to read, or a folder was prepared with another tokenizer.
     """
     if is_prepared(path):
         return _open_val(path, tokenizer)
-    texts = list(read_texts([path]))
+    texts = list(read_texts([path], **where))
     documents = [
         Document(ids, *_count(text)) for ids, text in zip(_encode(tokenizer, texts), texts, strict=True)
     ]

@@ -38,6 +38,7 @@ class EvaluationArguments:
     Attributes:
         model: model directory, or a run's.
         data: text or a prepared folder, for `bpb` and `perplexity`.
+        column, split, name: where the text is in tables and Hub datasets, as for `read_texts`.
         bleu_data: JSON lines of prompts and references, for `bleu`.
         metrics: of `METRICS`; default: all that data were given for.
         tasks: of lm-evaluation-harness.
@@ -54,6 +55,9 @@ class EvaluationArguments:
 
     model: str
     data: str | None = None
+    column: str = "text"
+    split: str = "test"
+    name: str | None = None
     bleu_data: str | None = None
     metrics: tuple[str, ...] | None = None
     tasks: tuple[str, ...] = ()
@@ -111,7 +115,7 @@ def evaluate(args: EvaluationArguments) -> dict:
 
     results = {}
     if {"bpb", "perplexity"} & set(args.metrics):
-        held_out = read_held_out(args.data, tokenizer)
+        held_out = read_held_out(args.data, tokenizer, column=args.column, split=args.split, name=args.name)
         if "bpb" in args.metrics:
             results["bpb"] = _bits_per_byte(model, held_out.stream, context, args.batch_size)
         if "perplexity" in args.metrics:

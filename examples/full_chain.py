@@ -27,6 +27,7 @@ from local_hub import LocalHub
 from small_corpus import write_corpus
 
 REPO = "someone/first-model"
+MARK = ".tessera-chain"  # says that a folder is one of these, and may be replaced
 
 # What somebody else runs who has transformers and no Tessera.
 LOAD_WITHOUT_TESSERA = """
@@ -186,11 +187,16 @@ def main() -> None:
     if args.quick:
         args.minutes, args.sft_steps = min(args.minutes, 0.3), min(args.sft_steps, 20)
     folder = Path(args.output)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "report.json").exists():
+    if folder.exists() and not folder.is_dir():
+        sys.exit(f"{folder} is a file; choose another --output")
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).exists():
         sys.exit(f"{folder} holds something other than a chain; choose another --output")
+    for given in [*(args.text or []), args.chat, args.held_out_chat]:
+        if given and folder.resolve() in Path(given).resolve().parents:
+            sys.exit(f"{given} is in {folder}, which this replaces; choose another --output")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    (folder / "report.json").write_text("{}")
+    (folder / MARK).touch()
     began = time.monotonic()
     chain = Chain(folder)
 

@@ -2,8 +2,8 @@
 
     python examples/prepare_data.py
 
-The same on the command line: `tessera data prepare --data stories.txt --tokenizer DIR --output DIR --filters basic
---val-fraction 0.02`.
+The same on the command line: `tessera data prepare --data stories.txt --tokenizer DIR --output DIR
+--filters basic --val-fraction 0.02`.
 """
 
 from train_tokenizer import FOLDER, TOKENIZER

@@ -107,8 +107,16 @@ def run(arguments: list[str]) -> None:
     """Runs one command line and exits: 0, or 2 with a sentence for a user's mistake."""
     try:
         app(arguments, prog_name="tessera")
-    except (ValueError, FloatingPointError, OSError) as error:
+    except Exception as error:
+        # By its name: torch is not to be imported for this.
+        exhausted = type(error).__name__ == "OutOfMemoryError"
+        if not exhausted and not isinstance(error, ValueError | FloatingPointError | OSError):
+            raise
         message = " ".join(str(error).split())
+        if exhausted:
+            message = (
+                f"the device's memory is not enough; take a smaller batch or shorter sequences ({message})"
+            )
         rank = os.environ.get("RANK", "0")
         place = "" if rank == "0" else f" in process {rank}"
         typer.echo(f"tessera: error{place}: {message}", err=True)

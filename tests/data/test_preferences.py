@@ -65,6 +65,7 @@ def test_unusable_preferences_are_counted_and_left_out(tmp_path):
     [
         ({"prompt": "a", "good": "b"}, "their columns are prompt, good; expected chosen and rejected"),
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "none of its 1 preferences can be used"),
+        ({"chosen": "b", "rejected": "c"}, "can be used: 1 without a prompt"),
         (
             {"prompt": "a", "chosen": None, "rejected": "b"},
             "row 1: a message of the assistant has no content",

@@ -395,6 +395,7 @@ def test_where_the_draw_holds_nothing_out_the_last_documents_are(tmp_path, bpe, 
 
 def test_text_of_its_own_for_validation_is_taken_whole_and_never_trained_on(tmp_path):
     texts = documents(100)
+    texts.append(texts[3])  # nobody asked for duplicates to go
     held_out = [*documents(5, 2), texts[7], "short"]
     meta = prepare(
         [Source(write(tmp_path / "a.jsonl", texts))],

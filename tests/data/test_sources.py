@@ -13,7 +13,7 @@ import pyarrow.parquet as parquet
 import pytest
 from local_hub import LocalHub
 
-from tessera.data.sources import PIECE, read_texts
+from tessera.data.sources import PIECE, read_documents, read_texts
 
 
 def rows_file(folder, name: str, texts, column: str = "text"):
@@ -80,9 +80,9 @@ def test_lines_of_end_of_text_stand_between_documents(tmp_path):
 
 
 def test_what_is_not_utf8_becomes_the_replacement_character(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\xffb")
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfmany a\xffb characters")
     (tmp_path / "b.jsonl").write_text('{"text": "x\\ud800y"}\n')
-    assert read(tmp_path / "a.txt", tmp_path / "b.jsonl") == ["a\ufffdb", "x\ufffdy"]
+    assert read(tmp_path / "a.txt", tmp_path / "b.jsonl") == ["many a\ufffdb characters", "x\ufffdy"]
 
 
 @pytest.mark.parametrize("paragraph", ["word " * 200 + "\n\n", "word " * 200 + "\n", "word " * 200])
@@ -141,7 +141,52 @@ def test_sources_follow_each_other_and_with_a_limit_take_turns(tmp_path):
     assert read(a, limit_bytes=11) == ["a" * 10] * 2
 
 
+def write(folder, **files: bytes):
+    for name, content in files.items():
+        path = folder / name.replace("__", "/").replace("_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+# ---- plain text into memory ----
+
+
+def test_a_plain_file_is_one_document_byte_for_byte(tmp_path):
+    write(tmp_path, book_weird=b"\xff\x00raw")
+    assert read_documents(tmp_path / "book.weird") == [b"\xff\x00raw"]
+
+
+def test_a_folder_of_plain_text_is_its_files_at_any_depth_in_the_order_of_their_paths(tmp_path):
+    write(
+        tmp_path, b_txt=b"2", a__z_PY=b"1", c__d__e_md=b"3", image_png=b"no", info_json=b"no", empty_txt=b""
+    )
+    assert read_documents(tmp_path) == [b"1", b"2", b"3"]
+
+
+@pytest.mark.parametrize(
+    ("files", "given", "sentence"),
+    [
+        ({}, "missing.txt", "there is no file or folder"),
+        ({"a_txt": b""}, "a.txt", "is empty"),
+        ({"a_txt": b"", "b_txt": b""}, "", "is empty"),
+        ({"a_png": b"x"}, "", "no text in .* .txt"),
+        ({"a_jsonl": b"{}"}, "a.jsonl", r"a\.jsonl is no plain text; .* tessera data prepare"),
+        ({"a_txt": b"x", "b__c_parquet": b"x"}, "", r"c\.parquet is no plain text"),
+        ({"a_txt": b"x", "b_md_gz": b"x"}, "", r"b\.md\.gz is no plain text"),
+        ({"a_anything_xz": b"x"}, "a.anything.xz", "is no plain text"),
+        ({"a_zst": b"x"}, "a.zst", "is no plain text"),
+    ],
+)
+def test_no_plain_text_is_refused(tmp_path, files, given, sentence):
+    write(tmp_path, **files)
+    with pytest.raises(ValueError, match=sentence):
+        read_documents(tmp_path / given)
+
+
 # ---- what is refused ----
+
+
+ENCODINGS = {"utf16.txt": "utf-16", "cp1251.txt": "cp1251"}
 
 
 def broken(folder, kind: str):
@@ -149,6 +194,14 @@ def broken(folder, kind: str):
     if kind == "cut.jsonl.gz":
         whole = rows_file(folder, "whole.jsonl.gz", [str(i) * 50 for i in range(500)]).read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
+    elif kind == "flipped.txt.gz":
+        with gzip.open(path, "wt") as file:
+            file.writelines(f"{i * i}\n" for i in range(5000))
+        whole = bytearray(path.read_bytes())
+        whole[len(whole) // 2] ^= 0xFF
+        path.write_bytes(whole)
+    elif kind in ENCODINGS:
+        path.write_bytes("Кириллица, много строк.\n".encode(ENCODINGS[kind]) * 100)
     elif kind == "cut.parquet":
         whole = rows_file(folder, "whole.parquet", TEXTS).read_bytes()
         path.write_bytes(whole[:-9])
@@ -159,6 +212,9 @@ def broken(folder, kind: str):
                 "array.json": '[{"text": "a"},',
                 "list.jsonl": '{"text": "a"}\n["b"]\n',
                 "number.jsonl": '{"text": 1}\n',
+                "deep.jsonl": '{"text":' * 100_000,
+                "digits.jsonl": '{"text": "a", "id": ' + "9" * 5000 + "}",
+                "packed.txt.bz2": "BZh9\0",
                 "empty.txt": " \n\n",
                 "folder": "",
             }[kind]
@@ -173,7 +229,13 @@ def broken(folder, kind: str):
         ("array.json", r"array\.json, .*is not JSON"),
         ("list.jsonl", "line 2: expected an object with a column 'text', got list"),
         ("number.jsonl", "line 1: the column 'text' holds int, expected text"),
+        ("deep.jsonl", r"deep\.jsonl, line 1, is not JSON"),
+        ("digits.jsonl", r"digits\.jsonl, line 1, is not JSON"),
         ("cut.jsonl.gz", "cannot be unpacked"),
+        ("flipped.txt.gz", "cannot be unpacked"),
+        ("utf16.txt", r"utf16\.txt is no text in UTF-8"),
+        ("cp1251.txt", r"cp1251\.txt is no text in UTF-8"),
+        ("packed.txt.bz2", "is no text in UTF-8"),
         ("cut.parquet", "no whole parquet file"),
         ("empty.txt", "is empty: there is no text in it"),
     ],

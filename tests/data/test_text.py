@@ -1,9 +1,9 @@
-"""From files to rows of tokens: what is read, what is held out, and in which order rows come."""
+"""From documents to rows of tokens: what is held out, and in which order rows come."""
 
 import numpy as np
 import pytest
 
-from tessera.data.text import MANY_DOCUMENTS, Windows, read_documents, split_documents
+from tessera.data.text import MANY_DOCUMENTS, Windows, split_documents
 
 LENGTH = 10
 
@@ -11,41 +11,6 @@ LENGTH = 10
 def stream(count: int, dtype=np.uint32) -> np.ndarray:
     """Ids that are their own positions, so that a row says where it comes from."""
     return np.arange(count).astype(dtype)
-
-
-def write(folder, **files: bytes):
-    for name, content in files.items():
-        path = folder / name.replace("__", "/").replace("_", ".")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-
-
-# ---- reading ----
-
-
-def test_a_file_is_one_document_whatever_its_suffix(tmp_path):
-    write(tmp_path, book_weird=b"\xff\x00raw")
-    assert read_documents(tmp_path / "book.weird") == [b"\xff\x00raw"]
-
-
-def test_a_folder_is_its_text_files_at_any_depth_in_the_order_of_their_paths(tmp_path):
-    write(tmp_path, b_txt=b"2", a__z_PY=b"1", c__d__e_md=b"3", image_png=b"no", empty_txt=b"")
-    assert read_documents(tmp_path) == [b"1", b"2", b"3"]
-
-
-@pytest.mark.parametrize(
-    ("files", "given", "sentence"),
-    [
-        ({}, "missing.txt", "there is no file or folder"),
-        ({"a_txt": b""}, "a.txt", "is empty"),
-        ({"a_txt": b"", "b_txt": b""}, "", "is empty"),
-        ({"a_png": b"x"}, "", "no text files in .* .txt"),
-    ],
-)
-def test_nothing_to_read_is_refused(tmp_path, files, given, sentence):
-    write(tmp_path, **files)
-    with pytest.raises(ValueError, match=sentence):
-        read_documents(tmp_path / given)
 
 
 # ---- the split ----

@@ -11,7 +11,7 @@ import pytest
 from local_hub import LocalHub
 from transformers import AutoTokenizer
 
-from tessera import cli
+from tessera import build_byte_tokenizer, cli
 from tessera.data.mixing import Source
 from tessera.data.prepare import prepare
 from tessera.data.token_files import (
@@ -130,6 +130,16 @@ DAMAGES = {
         "in format 2, this version reads up to 1: update",
     ),
     "vocabulary": (lambda folder: change_meta(folder, vocab_size=100), "beyond the vocabulary of 100"),
+    "words for numbers": (lambda folder: change_meta(folder, vocab_size="32k"), "'32k', expected a number"),
+    "words for counts": (lambda folder: change_meta(folder, val={"bytes": "x"}), "val.bytes is 'x'"),
+    "no tokenizer": (lambda folder: change_meta(folder, tokenizer_sha256="0" * 64), "has no tokenizer/"),
+    "other tokenizer": (
+        lambda folder: (
+            build_byte_tokenizer().save_pretrained(folder / "tokenizer"),
+            change_meta(folder, tokenizer_sha256="0" * 64),
+        ),
+        "is not the tokenizer that the tokens of .* were made with",
+    ),
     "empty": (
         lambda folder: ((folder / "val.bin").write_bytes(b""), change_meta(folder, val={"tokens": 0})),
         r"val\.bin holds 0 tokens, too few",
@@ -192,7 +202,8 @@ def foreign(tmp_path_factory):
     for split, texts in (("train", TEXTS[:250]), ("val", TEXTS[250:])):
         ids = [id for text in texts for id in [*processor.encode(text), processor.eos_id()]]
         np.array(ids, dtype="<u2").tofile(folder / f"{split}.bin")
-    (folder / "data_meta.json").write_text(json.dumps({"vocab_size": 300, "train": 250}))
+    notes = {"vocab_size": 300, "train": 250, "sources": ["web"], "filters": ["long"], "sha256": "0" * 64}
+    (folder / "data_meta.json").write_text(json.dumps({**notes, "tokenizer_sha256": "of spm.model"}))
     return folder
 
 
@@ -213,6 +224,12 @@ def test_tokens_that_others_made_are_read_as_they_are(foreign, tmp_path, dtype):
     assert not list(folder.glob("*.partial"))
     again = open_prepared(folder)  # reads what was converted
     assert again.tokenizer == data.tokenizer and again.val.num_bytes == data.val.num_bytes
+
+
+def test_tokens_that_others_made_are_shown(foreign, tmp_path, capsys):
+    folder = shutil.copytree(foreign, tmp_path / "foreign")
+    code, out, _ = tessera(capsys, "data", "inspect", folder, "--verify")
+    assert code == 0 and TEXTS[0] in out
 
 
 def test_tokens_without_a_tokenizer_are_refused(foreign, tmp_path):

@@ -94,12 +94,19 @@ def test_pairs_are_read_in_either_vocabulary(tmp_path):
     assert read_pairs(path, limit=2) == expected[:2]
 
 
+def test_line_separators_of_unicode_and_byte_order_marks_break_no_line(tmp_path):
+    row = {"prompt": "a\u2028b", "reference": "c\x85d"}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_pairs(path) == [Pair("a\u2028b", ("c\x85d",))]
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
         ("", "holds no pairs of prompt and reference"),
         ('{"prompt": "a", "reference": "b"}\n{"prompt"', "line 2, is not JSON"),
-        ('["a", "b"]', "line 1: expected an object, got list"),
+        ('["a", "b"]', "row 1: expected an object, got str"),
         ('{"text": "a", "reference": "b"}', "a text under prompt or source; there are text, reference"),
         ('{"prompt": "", "reference": "b"}', "a text under prompt or source"),
         ('{"prompt": "a"}', "under reference, references or target; there are prompt"),

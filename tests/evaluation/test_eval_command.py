@@ -120,6 +120,16 @@ def test_everything_at_once_is_on_the_terminal_and_in_the_run(
     assert [path.name for path in run_folder.iterdir() if path.name != "final"] == ["eval.json"]
 
 
+def test_the_column_of_a_table_is_measured(tessera, folder, text, tmp_path):
+    rows = write_lines(tmp_path / "rows.jsonl", {"id": 1, "body": text.read_text(encoding="utf-8")})
+    cells = []
+    for arguments in (["--data", text], ["--data", rows, "--column", "body"]):
+        code, out, err = tessera("--model", folder, *arguments, "--metrics", "bpb")
+        assert code == 0, err
+        cells.append(cell(out, "bits per byte"))
+    assert cells[0] == cells[1]
+
+
 def test_perplexity_is_what_the_harness_finds_for_the_same_text(tessera, folder, tmp_path, write_task):
     documents = [TEXT * 2, TEXT[:100] + "\nAnd more.", "Seven wizards."]
     (tmp_path / "text").mkdir()
@@ -209,13 +219,15 @@ def test_a_report_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkey
         (["--data", "{text}", "--context", "49"], "context 49 is longer than the model's 48 positions"),
         (["--data", "{text}", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
         (["--data", "{text}", "--num-fewshot", "-1"], "num_fewshot must be 0 or more, got -1"),
+        (["--data", "{text}", "--output", "{folder}"], "is a folder; give a file for the report"),
+        (["--data", "{pairs}"], "there is no column 'text'; there are prompt, reference"),
         (["--data", "nothing.txt"], "there is no file or folder nothing.txt"),
         (["--data", "{one}"], "two tokens or more, got 1"),
         (["--data", "{one}", "--metrics", "perplexity"], "a perplexity needs two tokens or more, got 1"),
         (["--data", "{empty}"], "is empty: there is no text in it"),
         (["--bleu-data", "{empty}"], "holds no pairs of prompt and reference"),
-        (["--bleu-data", "nothing.jsonl"], "there is no file nothing.jsonl"),
-        (["--bleu-data", "{lacking}"], "line 2: expected a text, or a list of texts, under reference"),
+        (["--bleu-data", "nothing.jsonl"], "there is no file or folder nothing.jsonl"),
+        (["--bleu-data", "{lacking}"], "row 2: expected a text, or a list of texts, under reference"),
         (["--bleu-data", "{pairs}", "--max-new-tokens", "48"], "more than the model's context of 48"),
         (["--bleu-data", "{pairs}", "--chat"], "has no chat template; evaluate without --chat"),
         (["--tasks", "a", "--include-path", "nowhere"], "there is no folder nowhere with task files"),
@@ -225,6 +237,7 @@ def test_what_cannot_be_measured_ends_in_one_sentence(
     tessera, run_folder, text, tmp_path, arguments, sentence
 ):
     files = {"text": text, "one": tmp_path / "one.txt", "empty": tmp_path / "empty.txt"}
+    files["folder"] = tmp_path
     files["one"].write_text("x")
     files["empty"].write_text("\n")
     pair = {"prompt": "a", "reference": "b"}

@@ -196,6 +196,14 @@ def test_likelihoods_are_computed_in_fp32_whatever_the_weights_are(byte_model):
     assert found == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_request_is_cut_when_its_inputs_are_more_than_the_context(byte_model):
+    lm = TesseraLM(*byte_model, batch_size=1, max_length=8)
+    lm.loglikelihood(requests_of("loglikelihood", ("a" * 7, "bc")))  # the last token is no input
+    assert lm.truncated == 0
+    lm.loglikelihood(requests_of("loglikelihood", ("a" * 8, "bc")))
+    assert lm.truncated == 1
+
+
 def test_examples_come_before_items_and_cut_requests_are_counted(loaded, write_task):
     data = {"fewshot_split": "test", "num_fewshot": 1}
     folder = write_task("shots", ITEMS, **CHOICE, **data)
