@@ -94,7 +94,7 @@ def _open(folder: Path) -> Checkpoint:
         config = read_config(folder / "config.json")
         tensors, notes = _clean(open_safetensors(folder), config)
         return Checkpoint(folder, "tessera", config, to_ours(tensors, config, TESSERA_RULES), notes=notes)
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"{folder / 'config.json'} is of model type {model_type!r}; known are tessera, "
             f"{', '.join(FAMILIES)}, the native layout and nanochat's own checkpoints"

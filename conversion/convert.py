@@ -75,13 +75,19 @@ def convert(
         ValueError: for a source that is not understood, a target that cannot express the model or is in the
             way, or a result that is not the same model.
     """
-    target = Path(target)
+    target = Path(target).resolve()
+    if target == Path.cwd():
+        raise ValueError(f"{target} is the current directory, which cannot be replaced; name a new one")
     if to is not None and to not in TARGETS:
         raise ValueError(f"--to {to}: known targets are {', '.join(TARGETS)}")
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"--dtype {dtype}: choose from {', '.join(_DTYPES)}")
     if mp is not None and to not in (None, "native"):
         raise ValueError(f"model-parallel ranks are for the native layout, not for --to {to}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is there already and not empty; choose another target")
     checkpoint = open_checkpoint(source)

@@ -116,7 +116,8 @@ class Family:
             theirs = type(AutoConfig.for_model(self.model_type)).from_dict(values)
             self._check_required(theirs)
             return TesseraConfig(**self._fields_from(theirs), dtype=theirs.dtype)
-        except (StrictDataclassError, ValueError, TypeError) as error:
+        except (StrictDataclassError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+            # The last two are how transformers says "no such dtype" and "no heads".
             raise ValueError(
                 f"a {self.model_type} that Tessera cannot be: {first_sentence(error)}"
             ) from error
@@ -157,7 +158,8 @@ class Family:
     def _fields_from(self, theirs: PreTrainedConfig) -> dict[str, Any]:
         fields = {name: getattr(theirs, their_name) for name, their_name in self.fields.items()}
         if fields.get("rope_parameters"):
-            fields["rope_parameters"] = dict(fields["rope_parameters"])
+            # Their attention rotates whole heads whatever the share is.
+            fields["rope_parameters"] = _without_share(fields["rope_parameters"])
         return {**self.fixed, **fields, **self.derive(theirs)}
 
     def _check_required(self, theirs: PreTrainedConfig) -> None:

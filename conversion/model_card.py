@@ -64,7 +64,7 @@ def write_model_card(
         _table(_describe(config)),
     ]
     settings = {
-        key: Path(value).name if isinstance(value, str) and key in (*_DATA, *_STARTS) else value
+        key: Path(value).name if isinstance(value, str) else value
         for key, value in recipe.items()
         if value is not None and key not in _LOCAL
     }
@@ -165,6 +165,7 @@ def _numbers(values: dict, prefix: str = ""):
 
 
 def _named(recipe: dict[str, Any], keys: tuple[str, ...]) -> list[str]:
-    """Values that have the form of a name on the Hub."""
-    values = [recipe.get(key) for key in keys]
-    return [v for v in values if isinstance(v, str) and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", v)]
+    """Values that have the form of a name on the Hub, and are no path here."""
+    values = [value for key in keys if isinstance(value := recipe.get(key), str)]
+    name = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+    return [value for value in values if name.fullmatch(value) and not Path(value).exists()]

@@ -19,14 +19,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from tessera.modeling.configuration_tessera import TesseraConfig
 from tessera.modeling.loading import read_config, read_json
 
 from .model_args import config_from_model_args, model_args_from_config
 from .rules import UNSTACKED, UNSTACKED_PAIRS, Rule, to_theirs
-from .tensor_files import TensorFiles
+from .tensor_files import TensorFiles, write_file
 
 _LAYER = (
     ("input_layernorm.{p}", "attn_norm.{p}"),
@@ -148,7 +147,7 @@ def write_native(
             # A copy, so that no view keeps what it is a part of in memory.
             piece = take_share(name, native[name], rank, world)
             part[name] = piece.clone(memory_format=torch.contiguous_format)
-        save_file(part, folder / f"model{rank}-mp{world}.safetensors", metadata={"format": "pt"})
+        write_file(part, folder / f"model{rank}-mp{world}.safetensors")
     params = json.dumps(model_args_from_config(config), indent=2)
     (folder / "params.json").write_text(params + "\n", encoding="utf-8")
 

@@ -23,6 +23,7 @@ from transformers import GenerationConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from tessera.modeling import modeling_tessera
+from tessera.modeling.loading import read_json
 
 from .checkpoints import Checkpoint, open_checkpoint
 from .model_card import write_model_card
@@ -30,6 +31,9 @@ from .tensor_files import INDEX, SINGLE_FILE
 from .verify import TOLERANCE, build_model
 
 T = TypeVar("T")
+
+# What older versions of transformers wrote into configurations.
+_PATHS = {"_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file"}
 
 AUTO_MAP = {
     "AutoConfig": "configuration_tessera.TesseraConfig",
@@ -76,7 +80,7 @@ def push(
     Args:
         model: model directory, or a run's.
         repo_id: `owner/name`; created if it is not there.
-        private: of a new repository.
+        private: of a new repository; one that is there and public is refused.
         revision: branch, made from the main one if it is not there; default: the main one.
         message: of the commit.
         license: identifier for the card.
@@ -109,9 +113,13 @@ def push(
         build_release(checkpoint, folder, repo_id, run=_find_run(model), license=license)
         check_release(checkpoint, folder, Path(scratch))
         if dry_run is not None:
-            Path(dry_run).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(folder, aside := Path(dry_run).with_name(f".{Path(dry_run).name}.partial"))
-            aside.rename(dry_run)
+            aside = Path(dry_run).with_name(f".{Path(dry_run).name}.partial")
+            shutil.rmtree(aside, ignore_errors=True)
+            try:
+                shutil.copytree(folder, aside)
+                aside.rename(dry_run)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
             return str(dry_run)
         return _upload(folder, repo_id, private, revision, message or "Upload model")
 
@@ -132,7 +140,7 @@ def build_release(
     for file in _weight_files(checkpoint.folder):
         _link_or_copy(file, folder / file.name)
     for file in checkpoint.side_files:
-        shutil.copyfile(file, folder / file.name)
+        _copy_without_paths(file, folder / file.name)
     if checkpoint.family is None:
         config = checkpoint.config
         config.auto_map, config.architectures = dict(AUTO_MAP), ["TesseraForCausalLM"]
@@ -141,7 +149,7 @@ def build_release(
         for file in [code, *map(Path, get_relative_import_files(code))]:
             shutil.copy(file, folder / file.name)
     else:
-        shutil.copy(checkpoint.folder / "config.json", folder / "config.json")
+        _copy_without_paths(checkpoint.folder / "config.json", folder / "config.json")
     if not (folder / "generation_config.json").is_file():
         GenerationConfig.from_model_config(checkpoint.config).save_pretrained(folder)
     if not (folder / "tokenizer_config.json").is_file() and checkpoint.config.vocab_size == 256:
@@ -197,6 +205,10 @@ def check_release(checkpoint: Checkpoint, folder: Path, scratch: Path) -> None:
 def _upload(folder: Path, repo_id: str, private: bool, revision: str | None, message: str) -> str:
     def send(api: HfApi) -> str:
         api.create_repo(repo_id, private=private, exist_ok=True)
+        if private and not api.model_info(repo_id).private:
+            raise ValueError(
+                f"{repo_id} is there already and public; choose another name, or make it private on the Hub"
+            )
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.upload_folder(
@@ -253,6 +265,16 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE_FILE]
     places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     return [index, *(folder / name for name in sorted(set(places.values())))]
+
+
+def _copy_without_paths(source: Path, target: Path) -> None:
+    """Copies a file; of a JSON configuration, not where its parts once lay on somebody's machine."""
+    values = read_json(source) if source.name in ("config.json", "tokenizer_config.json") else {}
+    if not values.keys() & _PATHS:
+        shutil.copyfile(source, target)
+        return
+    kept = {key: value for key, value in values.items() if key not in _PATHS}
+    target.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -61,7 +61,11 @@ def open_safetensors(folder: Path) -> TensorFiles:
     index = folder / INDEX
     if index.is_file():
         places = read_json(index).get("weight_map")
-        if not isinstance(places, dict) or not places:
+        if (
+            not isinstance(places, dict)
+            or not places
+            or not all(isinstance(name, str) for name in places.values())
+        ):
             raise ValueError(f"{index} has no weight_map, which says where each tensor is")
         return TensorFiles([folder / name for name in sorted(set(places.values()))])
     if not (folder / SINGLE_FILE).is_file():
@@ -90,6 +94,18 @@ def read_pt(file: Path) -> dict[str, torch.Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ValueError(f"{file} is not a dictionary of tensors")
     return tensors
+
+
+def write_file(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Writes one safetensors file.
+
+    Raises:
+        OSError: if there is no room, or the file cannot be written.
+    """
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{file} cannot be written: {error}") from error
 
 
 def write_safetensors(
@@ -122,7 +138,7 @@ def write_safetensors(
 
 
 def _write_part(folder: Path, number: int, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    save_file(tensors, _part(folder, number), metadata={"format": "pt"})
+    write_file(tensors, _part(folder, number))
     return {name: tensor.nbytes for name, tensor in tensors.items()}
 
 

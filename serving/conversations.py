@@ -77,7 +77,7 @@ class ChatFormat:
                 return_dict=True,
                 **({"sanitize_control_tokens": True} if sanitize else {}),
             )["input_ids"]
-        except (TemplateError, TypeError, KeyError) as error:
+        except (TemplateError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from error
 
     def reader(self, prompt: list[int], tools: list[dict] | None = None) -> "AnswerReader":
@@ -183,7 +183,7 @@ def _with_parsed_arguments(message: dict) -> dict:
         if isinstance(function["arguments"], str):
             try:
                 function["arguments"] = json.loads(function["arguments"] or "{}")
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise ValueError(f"the arguments of tool call {function['name']} are not JSON") from error
         parsed.append({**call, "function": function})
     return {**message, "tool_calls": parsed}

@@ -51,6 +51,7 @@ class Request:
         seed: the same one draws the same answer again; None for any.
         stop: the text ends before the first of these.
         shown: special tokens whose spelling is part of the text; all others are left out.
+        continues: whether the answer is more of the prompt's text, and not a text of its own.
     """
 
     prompt: Sequence[int]
@@ -61,6 +62,7 @@ class Request:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     shown: frozenset[int] = frozenset()
+    continues: bool = False
 
 
 @dataclass(frozen=True)
@@ -188,8 +190,12 @@ class Engine:
         """Takes no new requests; those that are here are answered."""
         self._draining = True
 
-    def close(self) -> None:
-        """Ends everything: whoever has no answer yet gets `EngineClosed`."""
+    def close(self, wait: float = 0.0) -> None:
+        """Ends everything: whoever has no answer yet gets `EngineClosed`.
+
+        Args:
+            wait: seconds that the step under way may take to end; a process that ends before it aborts.
+        """
         with self._changed:
             self._draining = self._closed = True
             rows = [*self._running, *self._queue]
@@ -197,6 +203,7 @@ class Engine:
             self._changed.notify_all()
         for row in rows:
             row.fail(EngineClosed("the server was stopped before the answer was complete"))
+        self._worker.join(wait)
 
     def _check(self, request: Request) -> None:
         length = len(request.prompt)
@@ -281,7 +288,8 @@ class _Row:
         self.request, self.done = request, False
         self.sampler = RowSampler(request)
         self._end_ids, self._place, self._deliver = engine.end_ids, place, deliver
-        self._text = TextStream(engine.tokenizer, request.stop, engine._special - request.shown)
+        before = request.prompt if request.continues else ()
+        self._text = TextStream(engine.tokenizer, request.stop, engine._special - request.shown, before)
         self._count = 0
 
     def take(self, token: int) -> None:

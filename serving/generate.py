@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, TextStreamer
 from tessera.configs.resolve import resolve_config
 from tessera.modeling.loading import load_model
 from tessera.modeling.modeling_tessera import TesseraForCausalLM
+from tessera.serving.text_stream import TextStream
 from tessera.tokenization import build_byte_tokenizer
 from tessera.tokenization.byte_tokenizer import BYTE_VOCAB_SIZE
 from tessera.training.checkpoints import find_checkpoint
@@ -75,7 +76,11 @@ def load(ckpt_path: str, config: str | None = None, device: str | None = None):
     folder = find_checkpoint(ckpt_path)
     model = load_model(folder, config=None if config is None else resolve_config(config))
     if (folder / "tokenizer_config.json").is_file():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except Exception as error:
+            # The library for tokenizers raises just that.
+            raise ValueError(f"the tokenizer in {folder} cannot be read: {error!r}") from error
     elif model.config.vocab_size == BYTE_VOCAB_SIZE:
         tokenizer = build_byte_tokenizer()
     else:
@@ -131,7 +136,11 @@ def complete(
     out = model.generate(
         ids, attention_mask=mask, pad_token_id=padding, streamer=streamer, **sampling.arguments()
     )
-    return [tokenizer.decode(row[longest:], skip_special_tokens=True) for row in out]
+    completions = []
+    for row, new in zip(rows, out[:, longest:].tolist(), strict=True):
+        text = TextStream(tokenizer, hidden=frozenset(tokenizer.all_special_ids), after=row)
+        completions.append("".join(map(text.push, new)) + text.end())
+    return completions
 
 
 def converse(

@@ -5,6 +5,7 @@ supported is refused by name; one that changes nothing is taken and ignored.
 """
 
 import difflib
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
@@ -103,6 +104,12 @@ class GenerationRequest(_Strict):
     def _known_fields(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("the body holds half a surrogate pair, which is no character") from error
+        except RecursionError as error:
+            raise ValueError("the body is nested too deeply") from error
         kept = {}
         for name, value in data.items():
             if name in cls.model_fields:
@@ -110,7 +117,12 @@ class GenerationRequest(_Strict):
                 if value is not None:
                     kept[name] = value
             elif name in _NEUTRAL:
-                if value is not None and value not in _NEUTRAL[name]:
+                # 0 is False to Python, but logprobs=0 asks for something.
+                neutral = any(
+                    value == other and isinstance(value, bool) == isinstance(other, bool)
+                    for other in _NEUTRAL[name]
+                )
+                if value is not None and not neutral:
                     raise ValueError(f"{name} is not supported by this server")
             elif name not in _IGNORED:
                 close = difflib.get_close_matches(name, cls.model_fields, n=1)

@@ -69,7 +69,7 @@ def draw_tokens(scores: torch.Tensor, samplers: Sequence[RowSampler]) -> torch.T
 
     vocabulary = scores.shape[-1]
     temperature = column([sampler.settings.temperature for sampler in chosen])
-    top_k = column([sampler.settings.top_k or vocabulary for sampler in chosen])
+    top_k = column([min(sampler.settings.top_k or vocabulary, vocabulary) for sampler in chosen])
     # None as well as 1: rounding of the cumulated mass must not cut a token off.
     top_p = column([2.0 if (p := sampler.settings.top_p) is None or p == 1 else p for sampler in chosen])
     # The likeliest at 0, so that a temperature close to zero does not overflow.

@@ -72,7 +72,7 @@ def build_app(engine: engines.Engine, settings: ServerSettings) -> FastAPI:
         settings: limits and the key.
     """
     # No documentation pages: theirs load scripts from another host.
-    app = FastAPI(title="tessera", docs_url=None, redoc_url=None)
+    app = FastAPI(title="tessera", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(_Gate, settings=settings)
     app.add_exception_handler(ApiError, _as_json)
     app.add_exception_handler(HTTPException, _http_error)
@@ -88,12 +88,23 @@ def build_app(engine: engines.Engine, settings: ServerSettings) -> FastAPI:
         "X-Content-Type-Options": "nosniff",
     }
 
+    encoding = asyncio.Lock()
+
+    async def encode(to_ids: Callable[..., list[int]], *given) -> list[int]:
+        # A prompt of a megabyte takes a second, in which all others get their answers on. One at a time:
+        # tokenizers have settings that a call changes.
+        async with encoding:
+            return await asyncio.to_thread(to_ids, *given)
+
+    def as_ids(prompt: str) -> list[int]:
+        return engine.tokenizer(prompt)["input_ids"]
+
     def check_model(name: str | None) -> None:
         if name is not None and name != settings.name:
             message = f"there is no model {name!r} here, only {settings.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def plan(body: GenerationRequest, prompt: list[int], limit: int | None, shown=frozenset()) -> list:
+    def plan(body: GenerationRequest, prompt: list[int], limit: int | None, **given) -> list:
         """The engine's requests for the choices of one prompt."""
         room = engine.context - len(prompt)
         asked = limit or max(1, min(settings.max_new_tokens, room))
@@ -110,7 +121,7 @@ def build_app(engine: engines.Engine, settings: ServerSettings) -> FastAPI:
                 top_p=body.top_p,
                 seed=None if body.seed is None else (body.seed + i + 2**63) % 2**64 - 2**63,
                 stop=body.stop_strings,
-                shown=shown,
+                **given,
             )
             for i in range(body.n)
         ]
@@ -149,8 +160,8 @@ def build_app(engine: engines.Engine, settings: ServerSettings) -> FastAPI:
         check_model(body.model)
         planned = []
         for prompt in body.prompts:
-            ids = engine.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
-            planned += plan(body, ids, body.max_tokens)
+            ids = await encode(as_ids, prompt) if isinstance(prompt, str) else prompt
+            planned += plan(body, ids, body.max_tokens, continues=True)
         answers = Answers(engine, planned, body.n, AnswerReader)
         return await respond(TextShape(settings.name), body, answers, http)
 
@@ -159,10 +170,10 @@ def build_app(engine: engines.Engine, settings: ServerSettings) -> FastAPI:
         check_model(body.model)
         tools = body.offered_tools
         try:
-            prompt = chats.render([message.for_template() for message in body.messages], tools)
+            prompt = await encode(chats.render, [message.for_template() for message in body.messages], tools)
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from error
-        planned = plan(body, prompt, body.max_completion_tokens or body.max_tokens, chats.shown)
+        planned = plan(body, prompt, body.max_completion_tokens or body.max_tokens, shown=chats.shown)
         answers = Answers(engine, planned, body.n, lambda: chats.reader(prompt, tools))
         return await respond(ChatShape(settings.name), body, answers, http)
 
@@ -299,7 +310,16 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, engine: engines.Engine, on_ready: Callable[[str], None] = print):
-        super().__init__(uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off"))
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                lifespan="off",
+                # Who sends half a request and no more is not waited for either.
+                timeout_graceful_shutdown=round(GRACE_SECONDS) + 2,
+            )
+        )
         self._engine, self._on_ready = engine, on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Collection, Sequence
 
 # what tokenizers decode a broken or unfinished character to
 REPLACEMENT = "\ufffd"
+# Tokens of the text before that are decoded with the first of this one; some of them may be hidden.
+_CONTEXT = 8
 
 
 class TextStream:
@@ -17,14 +19,25 @@ class TextStream:
         tokenizer: for decoding.
         stop: strings at whose first occurrence the text ends, without them.
         hidden: ids that are no part of the text, such as special tokens.
+        after: ids of a text that this one goes on from, if it does: some decoders drop the space that a text
+            begins with, which is a space between words there.
     """
 
-    def __init__(self, tokenizer, stop: Sequence[str] = (), hidden: Collection[int] = frozenset()):
+    def __init__(
+        self,
+        tokenizer,
+        stop: Sequence[str] = (),
+        hidden: Collection[int] = frozenset(),
+        after: Sequence[int] = (),
+    ):
         self.stopped = False
         self._tokenizer, self._stop, self._hidden = tokenizer, stop, hidden
         # Decoding starts one step back: some decoders treat the first token of a text in their own way.
-        self._ids: list[int] = []
-        self._decoded = 0
+        self._ids = [token for token in after[-_CONTEXT:] if token not in hidden]
+        if self._decode(self._ids).endswith(REPLACEMENT):
+            # A character whose last bytes come here: there is no seam between two texts.
+            self._ids = []
+        self._decoded = len(self._ids)
         self._held = ""
 
     def push(self, token: int) -> str:

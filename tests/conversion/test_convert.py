@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from helpers.models import EVERY_MODEL, tiny_config, tiny_model
 from helpers.weights import randomize
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
@@ -17,6 +18,7 @@ from tessera.conversion import convert as conversion
 from tessera.conversion.checkpoints import open_checkpoint
 from tessera.conversion.convert import convert
 from tessera.conversion.families import architecture
+from tessera.conversion.verify import compare_logits
 from tessera.modeling.loading import load_model
 
 SIZES = {
@@ -66,6 +68,9 @@ FAMILIES = {
     "llama": transformers.LlamaConfig(**GROUPED),
     "llama-biases-llama3-tied": transformers.LlamaConfig(
         **GROUPED, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3, tie_word_embeddings=True
+    ),
+    "llama-share-that-it-does-not-read": transformers.LlamaConfig(
+        **GROUPED, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
     ),
     "mistral-window": transformers.MistralConfig(**GROUPED, sliding_window=9),
     "mistral-full": transformers.MistralConfig(**GROUPED, sliding_window=None),
@@ -137,6 +142,8 @@ def test_a_family_comes_in_with_equal_logits_and_goes_out_with_equal_bits(name, 
     if name == "gpt2":
         assert (before["n_inner"], after["n_inner"]) == (None, 4 * 64)  # two ways to say one size
         unimportant.add("n_inner")
+    if name == "llama-share-that-it-does-not-read":
+        unimportant.add("rope_parameters")
     if name == "deepseek_v3-dense":
         unimportant |= {
             "n_routed_experts",
@@ -315,6 +322,36 @@ def test_a_result_with_other_logits_is_not_kept(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
+def test_numbers_that_are_none_at_some_lengths_only_are_no_small_difference():
+    config = tiny_config("llama-tiny")
+
+    class Sometimes(torch.nn.Module):
+        def __init__(self, broken: bool):
+            super().__init__()
+            self.broken = broken
+
+        def forward(self, ids, use_cache):
+            value = float("nan") if self.broken and ids.shape[1] > 1 else 1.0
+            return SimpleNamespace(logits=torch.full((*ids.shape, 8), value))
+
+    assert compare_logits(lambda: Sometimes(False), lambda: Sometimes(False), config).is_small
+    assert not compare_logits(lambda: Sometimes(False), lambda: Sometimes(True), config).is_small
+    assert not compare_logits(lambda: Sometimes(True), lambda: Sometimes(True), config).is_small
+
+
+@pytest.mark.parametrize("target", ["tessera", "native"])
+def test_a_disk_that_is_full_is_an_error_of_the_file(target, tmp_path, monkeypatch):
+    def full(*given, **settings):
+        raise SafetensorError("I/O error: No space left on device")
+
+    save_tessera("llama-tiny", tmp_path / "ours")
+    monkeypatch.setattr("tessera.conversion.tensor_files.save_file", full)
+    to = {"to": "llama"} if target == "tessera" else {"mp": 2}
+    with pytest.raises(OSError, match="cannot be written: .*No space left"):
+        convert(tmp_path / "ours", tmp_path / "out", **to)
+    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
 @pytest.mark.parametrize("target", ["tessera", "native"])
 def test_a_result_that_was_written_wrongly_is_not_kept(target, tmp_path, monkeypatch):
     save_family("llama", tmp_path / "theirs")
@@ -346,6 +383,11 @@ def change_config(folder, **values) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
+def write_index(folder, **values) -> None:
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(values))
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
@@ -354,6 +396,11 @@ def change_config(folder, **values) -> None:
             "model type 'mamba'; known are tessera, llama, mistral",
         ),
         (lambda d: change_config(d, model_type=None), "model type None; known are"),
+        (lambda d: change_config(d, model_type=["llama"]), r"model type \['llama'\]; known are"),
+        (lambda d: change_config(d, num_attention_heads=0), "a llama that Tessera cannot be: "),
+        (lambda d: change_config(d, dtype="wibble"), "a llama that Tessera cannot be: .*wibble"),
+        (lambda d: write_index(d, weight_map={"a": 3}), "has no weight_map, which says where"),
+        (lambda d: write_index(d, weight_map={"a": "one.safetensors"}), "LlamaForCausalLM does not load"),
         (
             lambda d: change_state(d, lambda s: s.pop("model.norm.weight")),
             "does not fit its configuration: missing model.norm.weight",
@@ -398,6 +445,8 @@ def test_a_source_that_cannot_be_read_is_refused_in_one_sentence(damage, sentenc
         ({"mp": 4}, r"mp 4 does not divide num_key_value_heads \(2\)"),
         ({"mp": 2, "n_experts": 4}, "n_experts is 4, but the model in .* has 0"),
         ({"to": "llama", "dtype": "int8"}, "--dtype int8: choose from"),
+        ({"to": "llama", "device": "banana"}, "--device banana: "),
+        ({"to": "llama", "device": "cuda:99"}, "--device cuda:99: "),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments, sentence, tmp_path):
@@ -417,6 +466,18 @@ def test_what_is_in_the_way_is_left_alone(tmp_path):
     (tmp_path / "empty").mkdir()
     convert(tmp_path / "ours", tmp_path / "empty", to="llama")
     assert (tmp_path / "empty/config.json").is_file()
+
+
+def test_a_target_may_be_a_link_but_not_where_one_stands(tmp_path, monkeypatch):
+    save_tessera("llama-tiny", tmp_path / "ours")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    convert(tmp_path / "ours", tmp_path / "link", to="llama")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk/config.json").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="is the current directory"):
+        convert(tmp_path / "ours", ".", to="llama")
 
 
 def test_tied_heads_that_differ_are_refused_and_equal_ones_dropped(tmp_path):

@@ -117,11 +117,33 @@ def test_a_llama_export_is_pushed_to_a_branch_and_needs_no_code(in_process, tmp_
     assert not any(name.endswith(".py") for name in files)
 
 
+def test_what_shall_be_private_does_not_go_where_everybody_reads(in_process, tmp_path):
+    repository = in_process.create("models", "someone/public")
+    save_model(tmp_path / "ours", "llama-tiny")
+    with pytest.raises(ValueError, match="someone/public is there already and public"):
+        push(tmp_path / "ours", "someone/public", private=True)
+    assert not repository.commit(repository.resolve("main"))["files"]
+
+
+def test_no_path_of_this_machine_travels_in_a_configuration(tmp_path):
+    save_model(tmp_path / "ours", "llama-tiny")
+    convert(tmp_path / "ours", tmp_path / "llama", to="llama")
+    for name, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "special_tokens_map_file")):
+        file = tmp_path / "llama" / name
+        file.write_text(json.dumps({**json.loads(file.read_text()), key: "/srv/me/é"}))
+    release = release_folder(tmp_path / "release")
+    build_release(open_checkpoint(tmp_path / "llama"), release, "someone/it")
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "/srv/me" not in (release / name).read_text()
+    assert json.loads((release / "config.json").read_text())["model_type"] == "llama"
+
+
 def test_the_release_is_complete_and_its_card_says_what_the_run_says(tmp_path):
     run = tmp_path / "run"
     model = save_model(run / "final", "bytegpt-tiny")
     GenerationConfig(eos_token_id=3).save_pretrained(run / "final")
-    recipe = {"config": "bytegpt-tiny", "steps": 7, "data_file": "/srv/me/books.txt", "save_path": "/x/run"}
+    recipe = {"config": "/srv/me/tiny.json", "data_file": "/srv/me/books.txt"}
+    recipe |= {"steps": 7, "save_path": "/x/run"}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (run / "final/chat_template.jinja").write_text("{{ messages }}")
     release = tmp_path / "release"
@@ -138,6 +160,7 @@ def test_the_release_is_complete_and_its_card_says_what_the_run_says(tmp_path):
     assert head["pipeline_tag"] == "text-generation" and "tessera" in head["tags"]
     assert f"{model.num_parameters():,} parameters" in card
     assert "| steps | 7 |" in card and "books.txt" in card and "latent" in card
+    assert "| config | tiny.json |" in card
     assert "/srv/me" not in card and "/x/run" not in card, "paths are of one machine"
     assert (
         'from_pretrained("someone/bytes", trust_remote_code=True)' in card and "apply_chat_template" in card
@@ -167,6 +190,8 @@ def test_a_dry_run_writes_the_release_and_asks_no_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(pushing, "_on_hub", lambda *_: False)
     # Bytes need no tokenizer beside the model here, but others do.
     tiny_model("llama-tiny").save_pretrained(tmp_path / "ours")
+    # What an earlier one left when it was killed.
+    (tmp_path / ".dry.partial").mkdir()
     place = push(tmp_path / "ours", "someone/dry", dry_run=tmp_path / "dry")
     assert place == str(tmp_path / "dry")
     assert (tmp_path / "dry/tokenizer.json").is_file()

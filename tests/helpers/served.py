@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from tokenizers import Tokenizer, decoders
+from transformers import PreTrainedTokenizerFast
 
 from tessera import TesseraForCausalLM, build_byte_tokenizer
 from tessera.serving.conversations import ChatFormat
@@ -18,6 +20,22 @@ from .models import tiny_model
 def chat_tokenizer():
     """Bytes and the tokens of the chat format."""
     return add_chat(build_byte_tokenizer())
+
+
+def space_dropping(tokenizer) -> PreTrainedTokenizerFast:
+    """Decodes as the tokenizers of Llama and Mistral do: without the space that a text begins with."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.decoder = decoders.Sequence([backend.decoder, decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    dropping = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=tokenizer.eos_token,
+        extra_special_tokens=[
+            token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token
+        ],
+        chat_template=tokenizer.chat_template,
+    )
+    assert dropping.decode(list(b"  ")) == " "
+    return dropping
 
 
 def chat_model(name: str = "llama-tiny", seed: int = 4, **overrides) -> TesseraForCausalLM:

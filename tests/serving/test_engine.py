@@ -82,7 +82,9 @@ def test_narrow_sampling_is_greedy(narrow, tokenizer):
         assert run(engine, narrowed) == run(engine, Request(prompt, 12))
 
 
-@pytest.mark.parametrize("how", [{}, {"top_k": 4}, {"top_p": 0.7}, {"top_k": 5, "top_p": 0.6}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"top_k": 4}, {"top_k": 2**70}, {"top_p": 0.7}, {"top_k": 5, "top_p": 0.6}], ids=str
+)
 def test_drawn_frequencies_equal_the_probabilities_of_transformers(how):
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 

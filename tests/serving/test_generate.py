@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from helpers.models import DIALECTS, tiny_model
+from helpers.served import chat_model, chat_tokenizer, space_dropping
 from transformers import set_seed
 
 from tessera import build_byte_tokenizer, cli
@@ -35,6 +36,19 @@ def test_prompts_of_different_lengths_in_one_batch_continue_as_each_alone(name, 
     assert len(set(expected)) > 1, "a model that always says the same proves nothing"
     assert complete(model, tokenizer, PROMPTS, GREEDY) == expected
     assert [complete(model, tokenizer, [prompt], GREEDY)[0] for prompt in PROMPTS] == expected
+
+
+def test_a_prompt_and_its_completion_are_one_text_where_decoders_drop_the_first_space():
+    """As those of Llama and Mistral do."""
+    dropping = space_dropping(chat_tokenizer())
+    model = chat_model()
+
+    def say_space(module, args, output):
+        output.logits[..., ord(" ")] = 1e4
+
+    model.register_forward_hook(say_space)
+    sampling = Sampling(max_new_tokens=2, temperature=0)
+    assert complete(model, dropping, ["ab"], sampling) == ["  "]
 
 
 def test_a_seed_gives_the_same_sample_again_and_another_gives_another(tokenizer):

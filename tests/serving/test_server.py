@@ -16,9 +16,18 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import pytest
-from helpers.served import chat_model, chat_tokenizer, engine_of, greedy_reference, scripted, served
+from helpers.served import (
+    chat_model,
+    chat_tokenizer,
+    engine_of,
+    greedy_reference,
+    scripted,
+    served,
+    space_dropping,
+)
 
 from tessera import build_byte_tokenizer, cli
+from tessera.serving.conversations import ChatFormat
 
 httpx, openai = pytest.importorskip("httpx"), pytest.importorskip("openai")
 pytest.importorskip("fastapi")
@@ -252,7 +261,42 @@ def test_parts_of_text_are_one_text(server):
     assert ask(parts).choices[0].message == ask("Hello").choices[0].message
 
 
+def test_a_completion_goes_on_from_the_words_of_its_prompt(tokenizer):
+    """Decoders of Llama and Mistral drop the first space of a text, which a completion's is not."""
+    with speaking(space_dropping(tokenizer), " time.") as (url, _):
+        asked = {"model": "tiny", "prompt": "Once upon a", "max_tokens": 50}
+        assert client(url).completions.create(**asked).choices[0].text == " time."
+        streamed = client(url).completions.create(**asked, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in streamed) == " time."
+        chat = client(url).chat.completions.create(model="tiny", messages=HELLO)
+        assert chat.choices[0].message.content == "time."
+
+
+def test_a_long_prompt_holds_up_nobody_else(server, monkeypatch):
+    def slow(*given):
+        started.set()
+        time.sleep(2)
+        raise ValueError("too slow")
+
+    started = threading.Event()
+    monkeypatch.setattr(ChatFormat, "render", slow)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(httpx.post, f"{server}/v1/chat/completions", json={"messages": HELLO})
+        assert started.wait(10)
+        before = time.monotonic()
+        assert httpx.get(f"{server}/health").status_code == 200
+        assert time.monotonic() - before < 1
+        assert asked.result().status_code == 400
+
+
 # ---- what is refused ----
+
+
+def called(arguments: str) -> list[dict]:
+    """A conversation in which a tool was called."""
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+    return [*HELLO, call, {"role": "tool", "content": "1"}]
+
 
 CHAT = {"messages": HELLO}
 LONG = [{"role": "user", "content": "x" * 600}]
@@ -295,7 +339,18 @@ LONG = [{"role": "user", "content": "x" * 600}]
         ("chat/completions", {**CHAT, "seed": 2**70}, 400, "less than", "seed"),
         ("chat/completions", {**CHAT, "stop": [""]}, 400, "at least 1 character", "stop"),
         ("chat/completions", {**CHAT, "logprobs": True}, 400, "logprobs is not supported", None),
+        ("completions", {"prompt": "x", "logprobs": 0}, 400, "logprobs is not supported", None),
         ("chat/completions", {**CHAT, "frequency_penalty": 1}, 400, "frequency_penalty is not supp", None),
+        ("completions", {"prompt": "\ud800"}, 400, "half a surrogate pair", None),
+        ("completions", {"prompt": "x", "stop": "\ud800"}, 400, "half a surrogate pair", None),
+        (
+            "chat/completions",
+            {"messages": called("[" * 100_000)},
+            400,
+            "of tool call f are not",
+            "messages",
+        ),
+        ("chat/completions", {"messages": called('"\\ud800"')}, 400, "refuses these messages", "messages"),
         (
             "chat/completions",
             {**CHAT, "response_format": {"type": "json_object"}},
@@ -501,6 +556,16 @@ def test_a_server_that_stops_answers_who_is_waiting_and_takes_nobody(tokenizer, 
     assert results["short"] == "length"
     assert "503" in results["long"] and "stopped before the answer was complete" in results["long"]
     assert "stopped before the answer was complete" in results["streamed"]
+
+
+def test_a_server_that_stops_does_not_wait_for_half_a_request(tokenizer, monkeypatch):
+    monkeypatch.setattr("tessera.serving.server.GRACE_SECONDS", 0.1)
+    with speaking(tokenizer, "x") as (url, _):
+        half = socket.create_connection(("127.0.0.1", urlsplit(url).port))
+        half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+        time.sleep(0.5)
+    # leaving the block stopped the server, and says if it did not
+    half.close()
 
 
 # ---- the page ----

@@ -81,3 +81,8 @@ def test_a_tokenizer_that_strips_the_first_space_keeps_all_others():
             return "".join(self.words[i] for i in ids).replace("▁", " ").removeprefix(" ")
 
     assert "".join(pieces_of(Stripping(), range(6))) == "the quick fox 日本"
+    assert "".join(pieces_of(Stripping(), [1, 2, 3], after=[0])) == " quick fox"
+
+
+def test_a_character_that_the_text_before_begins_is_shown(tokenizer):
+    assert "".join(pieces_of(tokenizer, [0xA9, 65], after=[66, 0xC3])) == "\ufffdA"
