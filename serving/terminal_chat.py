@@ -4,6 +4,7 @@ What belongs here: what a person types and sees, and what is remembered. Prompts
 and text from the engine, as for the server.
 """
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -79,14 +80,17 @@ class TerminalChat:
             self.turns.pop()
             print(f"error: {error}", file=sys.stderr)
             return
-        reader, written, thinking = self.format.reader(prompt), [], False
+        reader, written, calls, thinking = self.format.reader(prompt), [], [], False
         try:
             for event in self.engine.stream(replace(self.settings, prompt=prompt, shown=self.format.shown)):
                 for kind, value in reader.end() if isinstance(event, Finished) else reader.feed(event):
                     if thinking != (kind == "reasoning_content"):
                         thinking = not thinking
                         print("[thinking] " if thinking else "\n\n", end="", flush=True)
-                    if kind == "content":
+                    if kind == "tool_call":
+                        calls.append({"type": "function", "function": value})
+                        value = f"[calls] {json.dumps(value, ensure_ascii=False)}\n"
+                    elif kind == "content":
                         written.append(value)
                     print(value, end="", flush=True)
         except KeyboardInterrupt:
@@ -94,8 +98,9 @@ class TerminalChat:
         except GenerationFailed as error:
             print(f"error: {error}", file=sys.stderr)
         print()
-        if written:
-            self.turns.append({"role": "assistant", "content": "".join(written)})
+        if written or calls:
+            called = {"tool_calls": calls} if calls else {}
+            self.turns.append({"role": "assistant", "content": "".join(written), **called})
         else:
             self.turns.pop()
 

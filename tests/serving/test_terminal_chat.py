@@ -146,3 +146,13 @@ def test_the_command_answers_piped_lines(tokenizer, tmp_path, monkeypatch, capsy
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     expected = greedy_reference(model, tokenizer, prompt, 9)
     assert capsys.readouterr().out.strip() == expected.strip()
+
+
+def test_a_tool_call_is_shown_and_stays_in_the_conversation(tokenizer, capsys):
+    call = b'<tool_call>\n{"name": "find", "arguments": {"city": "K\xc3\xb6ln"}}\n</tool_call>'
+    with engine_of(scripted(tokenizer.encode(call.decode())), tokenizer) as engine:
+        chat = TerminalChat(engine, ChatFormat(tokenizer), Request((), 80))
+        chat.run(typed("Hi"))
+        assert capsys.readouterr().out.strip() == '[calls] {"name": "find", "arguments": {"city": "Köln"}}'
+        assert [turn["role"] for turn in chat.turns] == ["user", "assistant"]
+        assert call.decode() + "<|im_end|>" in tokenizer.decode(chat.format.render(chat.turns))
