@@ -7,21 +7,17 @@ Needs `pip install openai`.
 """
 
 import argparse
+import os
 
-from openai import OpenAI
+from openai import OpenAI, OpenAIError
 
 
-def main() -> None:
+def converse(server: str, api_key: str, questions: list[str]) -> None:
     """Asks the questions one after the other, in one conversation."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("questions", nargs="+")
-    parser.add_argument("--server", default="http://127.0.0.1:8000")
-    parser.add_argument("--api-key", default="none")
-    args = parser.parse_args()
-    client = OpenAI(base_url=f"{args.server}/v1", api_key=args.api_key)
+    client = OpenAI(base_url=f"{server}/v1", api_key=api_key)
     model = client.models.list().data[0].id
     messages = []
-    for question in args.questions:
+    for question in questions:
         print(f"user: {question}\nassistant: ", end="")
         messages.append({"role": "user", "content": question})
         answer = ""
@@ -33,6 +29,19 @@ def main() -> None:
             answer += piece
         messages.append({"role": "assistant", "content": answer})
         print()
+
+
+def main() -> None:
+    """Reads the flags and talks."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("questions", nargs="+")
+    parser.add_argument("--server", default="http://127.0.0.1:8000")
+    parser.add_argument("--api-key", default=os.environ.get("TESSERA_API_KEY") or "none")
+    args = parser.parse_args()
+    try:
+        converse(args.server, args.api_key, args.questions)
+    except OpenAIError as error:
+        raise SystemExit(f"no answer from {args.server}: {error}") from error
 
 
 if __name__ == "__main__":

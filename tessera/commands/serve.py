@@ -85,7 +85,10 @@ def chat(
     conversations = ChatFormat(tokenizer)
     engine = Engine(loaded, tokenizer, end_ids=conversations.end_ids, max_batch_size=1)
     settings = Request((), max_new_tokens, temperature, top_k, top_p, seed)
-    TerminalChat(engine, conversations, settings, system).run()
+    try:
+        TerminalChat(engine, conversations, settings, system).run()
+    finally:
+        engine.close(wait=10)
 
 
 def serve(
@@ -137,3 +140,5 @@ def serve(
             Server(build_app(engine, settings), engine, say).run(sockets=[address])
         except KeyboardInterrupt:
             typer.echo("stopped")
+        finally:
+            engine.close(wait=10)

@@ -229,6 +229,14 @@ def test_closing_tells_everybody_and_takes_nobody(tokenizer):
             list(stream)
 
 
+def test_closing_can_wait_for_the_step_under_way(tokenizer):
+    """Python aborts where it ends under a thread that computes."""
+    with engine_of(scripted(b"x" * 40, seconds=0.3), tokenizer) as engine:
+        next(engine.stream(Request([65, 66], 40)))
+        engine.close(wait=10)
+        assert not engine._worker.is_alive()
+
+
 @pytest.mark.parametrize(
     ("request_", "sentence"),
     [

@@ -211,6 +211,15 @@ def test_a_config_is_laid_over_the_one_in_the_directory(tmp_path):
     assert model.config.max_position_embeddings == 640
 
 
+@pytest.mark.parametrize("content", ['{"a"', '{"a": 1}', '{"added_tokens": []}'])
+def test_a_tokenizer_that_cannot_be_read_is_refused(content, tmp_path):
+    chat_model().save_pretrained(tmp_path)
+    chat_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match="the tokenizer in .* cannot be read"):
+        load(tmp_path, device="cpu")
+
+
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
