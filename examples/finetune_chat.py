@@ -21,7 +21,7 @@ def main() -> None:
             eval_data=str(FOLDER / "corpus" / "held_out_chats.jsonl"),
             save_path=str(CHAT),
             max_seq_len=512,
-            steps=40,
+            steps=80,
         )
     )
     before, after = result.before["val_loss"], result.after["val_loss"]

@@ -71,7 +71,7 @@ def conversations(count: int, seed: int = 1) -> list[dict]:
         messages = []
         if draw.random() < 0.3:
             messages.append({"role": "system", "content": "You tell short stories and answer questions."})
-        if draw.random() < 0.25:
+        if draw.random() < 0.4:
             a, b = draw.randrange(10), draw.randrange(10)
             messages += _turn(f"What is {a} plus {b}?", f"{a} plus {b} is {a + b}.")
         else:
