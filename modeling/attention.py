@@ -11,6 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -84,8 +85,11 @@ class _Attention(nn.Module):
             kwargs["softcap"] = self.softcap
             # The sdpa kernels know no soft-cap; flash and flex do.
             implementation = "eager" if implementation == "sdpa" else implementation
+        blocks = isinstance(attention_mask, BlockMask) and implementation != "flex_attention"
+        if blocks:
+            implementation = "flex_attention"
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        return attend(
+        out, probabilities = attend(
             self,
             query,
             key,
@@ -96,6 +100,8 @@ class _Attention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
+        # Flex attention has normalizers to give and not probabilities.
+        return out, None if blocks else probabilities
 
     def _rotate(
         self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
@@ -246,6 +252,7 @@ class TesseraLatentAttention(_Attention):
         if mode == "naive" or type(self.kv_b_proj) is not nn.Linear:
             return False
         plain_mask = self.config._attn_implementation in ("eager", "sdpa")
+        plain_mask = plain_mask and not isinstance(attention_mask, BlockMask)
         if mode == "absorb":
             return plain_mask
         if not plain_mask or self.training or new == seen:

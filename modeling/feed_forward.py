@@ -159,12 +159,12 @@ class TesseraMoE(nn.Module):
         shared_width = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = TesseraMLP(config, shared_width) if shared_width else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, T, C] -> [B, T, C]."""
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [B, T, C] -> [B, T, C], and the router's logits [B T, E]."""
         tokens = x.reshape(-1, x.shape[-1])
-        _, weights, indices = self.gate(tokens)
+        logits, weights, indices = self.gate(tokens)
         out = self.experts(tokens, indices, weights).view_as(x)
-        return out if self.shared_experts is None else out + self.shared_experts(x)
+        return out if self.shared_experts is None else out + self.shared_experts(x), logits
 
 
 def load_balancing_loss(

@@ -11,11 +11,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-    packed_sequence_mask_function,
-)
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -31,9 +27,9 @@ from .attention import TesseraAttention, TesseraLatentAttention
 from .configuration_tessera import TesseraConfig
 from .feed_forward import TesseraMLP, TesseraMoE, TesseraRouter, load_balancing_loss
 from .layers import TesseraRotaryEmbedding, TesseraSmear, make_norm
+from .loss import linear_cross_entropy
+from .masks import make_masks
 from .weight_init import BACKOUT_START, initialize, residual_scalar_start
-
-_MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
 class TesseraDecoderLayer(GradientCheckpointingLayer):
@@ -63,9 +59,13 @@ class TesseraDecoderLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         embedded: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
+        output_router_logits: bool = False,
         **kwargs,
-    ) -> torch.Tensor:
-        """Hidden states [B, T, C] -> [B, T, C]; `embedded` [B, T, C] is what entered the first layer."""
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        """Hidden states [B, T, C] -> [B, T, C]; `embedded` [B, T, C] is what entered the first layer.
+
+        With `output_router_logits` also the logits [B T, E] of its router, None in a dense layer.
+        """
         if self.residual_scale is not None:
             hidden_states = self.residual_scale * hidden_states + self.embedding_scale * embedded
         branch, _ = self.self_attn(
@@ -78,8 +78,11 @@ class TesseraDecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states = hidden_states + F.dropout(branch, p=self.resid_pdrop, training=self.training)
-        branch = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + F.dropout(branch, p=self.resid_pdrop, training=self.training)
+        branch, router_logits = self.mlp(self.post_attention_layernorm(hidden_states)), None
+        if isinstance(branch, tuple):
+            branch, router_logits = branch
+        hidden_states = hidden_states + F.dropout(branch, p=self.resid_pdrop, training=self.training)
+        return (hidden_states, router_logits) if output_router_logits else hidden_states
 
 
 class TesseraPreTrainedModel(PreTrainedModel):
@@ -102,7 +105,6 @@ class TesseraPreTrainedModel(PreTrainedModel):
             OutputRecorder(TesseraAttention, index=1),
             OutputRecorder(TesseraLatentAttention, index=1),
         ],
-        "router_logits": OutputRecorder(TesseraRouter, index=0),
     }
 
     @classmethod
@@ -164,6 +166,7 @@ class TesseraModel(TesseraPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
         """Runs the decoder.
@@ -178,6 +181,8 @@ class TesseraModel(TesseraPreTrainedModel):
             inputs_embeds: [B, T, C] instead of `input_ids`; not for models with value embeddings, which look
                 tokens up in every layer.
             use_cache: whether to return a cache.
+            output_router_logits: whether to return the logits [B T, E] of each router, which a compiler can
+                trace here, as it cannot the library's recording.
 
         Raises:
             ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, if value embeddings
@@ -197,7 +202,10 @@ class TesseraModel(TesseraPreTrainedModel):
         positions = position_ids
         if positions is None:
             positions = self._count_positions(inputs_embeds, attention_mask, past_key_values)
-        masks = self._make_masks(inputs_embeds, attention_mask, past_key_values, position_ids)
+        dropout = self.training and self.config.attention_dropout > 0
+        masks = make_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids, dropout)
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
@@ -211,7 +219,7 @@ class TesseraModel(TesseraPreTrainedModel):
             x = self.smear(x, positions, past_key_values)
         position_embeddings = None if self.rotary_emb is None else self.rotary_emb(x, positions)
 
-        embedded, middle = x, None
+        embedded, middle, router_logits = x, None, ()
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             x = layer(
                 x,
@@ -222,13 +230,21 @@ class TesseraModel(TesseraPreTrainedModel):
                 position_embeddings=position_embeddings,
                 embedded=embedded,
                 input_ids=input_ids,
+                output_router_logits=output_router_logits,
                 **kwargs,
             )
+            if output_router_logits:
+                x, logits = x
+                router_logits += () if logits is None else (logits,)
             if i == self.config.num_hidden_layers // 2:
                 middle = x
         if self.backout_scale is not None:
             x = x - self.backout_scale * middle
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
+        return MoeModelOutputWithPast(
+            last_hidden_state=self.norm(x),
+            past_key_values=past_key_values,
+            router_logits=router_logits if output_router_logits else None,
+        )
 
     def _count_positions(
         self, embeds: torch.Tensor, attention_mask: torch.Tensor | dict | None, cache: Cache | None
@@ -239,41 +255,6 @@ class TesseraModel(TesseraPreTrainedModel):
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -new:]
         seen = 0 if cache is None else cache.get_seq_length()
         return (torch.arange(new, device=embeds.device) + seen).unsqueeze(0)
-
-    def _make_masks(
-        self,
-        embeds: torch.Tensor,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None,
-        cache: Cache | None,
-        position_ids: torch.Tensor | None,
-    ) -> dict[str, torch.Tensor | None]:
-        """The mask of each kind of layer; None where plain causal order needs none.
-
-        The library isolates packed documents only without a cache and without a padding mask. So the masks
-        are made as if an empty cache were not there, and beside a padding mask the documents are counted
-        here.
-        """
-        if isinstance(attention_mask, dict):
-            return attention_mask
-        if cache is not None and attention_mask is None and _is_empty(cache):
-            cache = None
-        arguments = {
-            "config": self.config,
-            "inputs_embeds": embeds,
-            "attention_mask": attention_mask,
-            "past_key_values": cache,
-            "position_ids": position_ids,
-        }
-        padded = attention_mask is not None and attention_mask.ndim == 2
-        # Flash attention takes the padding mask as it is, and no other beside it.
-        flash = "flash" in (self.config._attn_implementation or "")
-        if cache is None and position_ids is not None and padded and not flash:
-            starts = (position_ids.expand_as(attention_mask) == 0) & (attention_mask != 0)
-            arguments["and_mask_function"] = packed_sequence_mask_function(starts.cumsum(-1))
-        elif self.config.attn_logit_softcapping is not None:
-            # Under sdpa a soft-cap takes the eager path, which needs its mask.
-            arguments["and_mask_function"] = _everything
-        return {kind: _MASKS[kind](**arguments) for kind in set(self.config.layer_types)}
 
     def _learned_positions(self, positions: torch.Tensor) -> torch.Tensor:
         # On a GPU a look at the values would wait for it at every step; there, out of range fails by itself.
@@ -307,6 +288,7 @@ class TesseraForCausalLM(TesseraPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
         """Runs the decoder and the head; see `TesseraModel.forward` for the inputs.
@@ -314,6 +296,8 @@ class TesseraForCausalLM(TesseraPreTrainedModel, GenerationMixin):
         Args:
             labels: [B, T], ids of the tokens themselves (the shift is done here); -100 is not counted.
             logits_to_keep: logits of the last n positions only, or of the positions in a tensor; 0 keeps all.
+            skip_logits: whether to compute the loss without ever holding the logits; `logits` is then None.
+                Default: while training with labels.
             kwargs: `num_items_in_batch` divides the summed loss, so that accumulated micro-batches of
                 different lengths add up to the loss of the whole; `output_router_logits`,
                 `output_hidden_states`, ...
@@ -321,10 +305,15 @@ class TesseraForCausalLM(TesseraPreTrainedModel, GenerationMixin):
         Returns:
             `logits` [B, T, vocab_size], and `loss` in nats per token. The load-balancing loss (`aux_loss`) is
             part of `loss` while training, or wherever router logits are asked for.
+
+        Raises:
+            ValueError: if the logits are to be skipped where nothing else is asked for, or cannot be.
         """
-        balance = labels is not None and self.training and self.config.router_aux_loss_coef > 0
-        if balance or self.config.output_router_logits:
-            kwargs.setdefault("output_router_logits", True)
+        if labels is not None and self.training:
+            if self.config.router_aux_loss_coef > 0:
+                kwargs.setdefault("output_router_logits", True)
+            # Training keeps no cache, unless one is asked for.
+            use_cache = bool(use_cache)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -335,19 +324,23 @@ class TesseraForCausalLM(TesseraPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        if self.config.padded_vocab_size > self.config.vocab_size:
-            logits = logits[..., : self.config.vocab_size].contiguous()
-        cap = self.config.final_logit_softcapping
-        if cap is not None:
-            logits = cap * torch.tanh(logits.float() / cap)
-
-        loss, aux_loss = None, None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None and self._head_is_plain()
+        loss, aux_loss, logits = None, None, None
+        if skip_logits:
+            loss = self._loss_without_logits(outputs.last_hidden_state, labels, **kwargs)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+            if self.config.padded_vocab_size > self.config.vocab_size:
+                logits = logits[..., : self.config.vocab_size].contiguous()
+            cap = self.config.final_logit_softcapping
+            if cap is not None:
+                logits = cap * torch.tanh(logits.float() / cap)
+            if labels is not None:
+                loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                )
         if outputs.router_logits:
             routers = [module for module in self.model.modules() if isinstance(module, TesseraRouter)]
             padding = (
@@ -373,6 +366,46 @@ class TesseraForCausalLM(TesseraPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
         )
 
+    def _head_is_plain(self) -> bool:
+        """Whether the head is its weight alone, and the loss the usual one.
+
+        An adapter, a quantised layer, a shard, or a hook that gathers or moves the weight has to be called.
+        """
+        head, weight = self.lm_head, self.lm_head.weight
+        hooked = head._forward_pre_hooks or head._forward_hooks or hasattr(head, "_hf_hook")
+        plain = type(head) is nn.Linear and type(weight) in (nn.Parameter, torch.Tensor) and not hooked
+        return plain and head.bias is None and self.loss_function is ForCausalLMLoss
+
+    def _loss_without_logits(
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor | None,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        ignore_index: int = -100,
+        **_,
+    ) -> torch.Tensor:
+        """The loss of transformers' `ForCausalLMLoss`, of hidden states [B, T, C] instead of logits."""
+        if labels is None or not self._head_is_plain():
+            raise ValueError(
+                "skip_logits=True needs labels, the model's own loss and a plain head: without an adapter, "
+                "quantisation, shards or hooks on lm_head"
+            )
+        if shift_labels is None:
+            shift_labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
+        summed = linear_cross_entropy(
+            hidden,
+            self.lm_head.weight[: self.config.vocab_size],
+            shift_labels,
+            self.config.final_logit_softcapping,
+            ignore_index,
+        )
+        if num_items_in_batch is None:
+            num_items_in_batch = (shift_labels != ignore_index).sum()
+        elif isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(summed.device)
+        return summed / num_items_in_batch
+
 
 class TesseraForSequenceClassification(GenericForSequenceClassification, TesseraPreTrainedModel):
     """The decoder with a classification or regression head on the last token of each sequence."""
@@ -389,13 +422,3 @@ def _share_of_batch(
     if num_items_in_batch is None:
         return 1.0
     return (targets != -100).sum() / num_items_in_batch
-
-
-def _is_empty(cache: Cache) -> bool:
-    """Whether a cache that grows has nothing in it yet; the masks of a static one are of its own length."""
-    return not cache.is_compileable and cache.get_seq_length() == 0
-
-
-def _everything(*_) -> torch.Tensor:
-    """A mask function that hides nothing; given one, the library always makes the mask."""
-    return torch.ones((), dtype=torch.bool)

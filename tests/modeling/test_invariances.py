@@ -328,13 +328,3 @@ def test_a_masked_token_in_the_middle_does_not_cut_a_row_in_two(name, positions)
     ).logits
     keep = mask.bool()
     torch.testing.assert_close(out[keep], cached[keep], **TOLERANCE)
-
-
-def test_flash_attention_keeps_its_padding_mask():
-    """No flash kernel here: the masks are made as for one and looked at."""
-    model = tiny_model("llama-tiny")
-    model.config._attn_implementation = "flash_attention_2"
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    masks = model.model._make_masks(torch.zeros(2, 4, 96), mask, None, positions)
-    assert torch.equal(masks["full_attention"].long(), mask)
