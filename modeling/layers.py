@@ -68,10 +68,32 @@ class TesseraRotaryEmbedding(nn.Module):
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [B, T, rotary_dim / 2] in the dtype of `x`, for positions [B, T]."""
-        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float32)
+        inv_freq = self.inv_freq.to(device=x.device, dtype=torch.float32)
         sign = -1.0 if self.config.rope_reverse else 1.0
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * (sign * self.attention_scaling)
-        return cos.to(x.dtype), sin.to(x.dtype)
+        # An exported program has to run where this package is not.
+        exporting = torch.compiler._is_exporting_flag
+        once = torch.compiler.is_compiling() and not exporting and position_ids.shape[-1] > 1
+        compute = torch.ops.tessera.rotary_tables if once else rotary_tables
+        return compute(position_ids, inv_freq, self.attention_scaling, sign * self.attention_scaling, x.dtype)
+
+
+def rotary_tables(
+    position_ids: torch.Tensor, inv_freq: torch.Tensor, cos_scale: float, sin_scale: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled cosines and sines [B, T, F] of positions [B, T] times frequencies [F], computed in fp32."""
+    angles = position_ids[..., None].float() * inv_freq
+    return (angles.cos() * cos_scale).to(dtype), (angles.sin() * sin_scale).to(dtype)
+
+
+# A compiler would put the cosines and sines into every kernel that rotates, and compute them anew for each
+# head of each layer: a tenth of a training step at 135M parameters. It cannot look into an operator.
+_opaque = torch.library.custom_op("tessera::rotary_tables", rotary_tables, mutates_args=())
+
+
+@_opaque.register_fake
+def _(position_ids, inv_freq, cos_scale, sin_scale, dtype):
+    shape = (*position_ids.shape, inv_freq.shape[0])
+    return inv_freq.new_empty(shape, dtype=dtype), inv_freq.new_empty(shape, dtype=dtype)
 
 
 def apply_rotary(

@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import TesseraAttention, TesseraLatentAttention
 from .configuration_tessera import TesseraConfig
+from .decoding import can_capture, sample_captured
 from .feed_forward import TesseraMLP, TesseraMoE, TesseraRouter, load_balancing_loss
 from .layers import TesseraRotaryEmbedding, TesseraSmear, make_norm
 from .loss import linear_cross_entropy
@@ -365,6 +366,30 @@ class TesseraForCausalLM(TesseraPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+    @staticmethod
+    def create_masks_for_generate(
+        config, inputs_embeds, attention_mask, past_key_values, position_ids=None, **_
+    ) -> dict:
+        """The masks of a step on a static cache, which `generate` makes before the model is called."""
+        return make_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+
+    def _sample(
+        self,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        synced_gpus=False,
+        streamer=None,
+        **model_kwargs,
+    ):
+        """The library's decoding loop, or the captured one of `decoding.py` where that can take its place."""
+        arguments = (logits_processor, stopping_criteria, generation_config)
+        cache = model_kwargs.get("past_key_values")
+        if not synced_gpus and streamer is None and can_capture(self, cache, *arguments, model_kwargs):
+            return sample_captured(self, input_ids, *arguments, model_kwargs)
+        return super()._sample(input_ids, *arguments, synced_gpus, streamer, **model_kwargs)
 
     def _head_is_plain(self) -> bool:
         """Whether the head is its weight alone, and the loss the usual one.
