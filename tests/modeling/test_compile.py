@@ -1,0 +1,60 @@
+"""A training step under `torch.compile(fullgraph=True)`: one graph, the loss and the gradients of eager code."""
+
+import pytest
+import torch
+from helpers.models import EVERY_MODEL, tiny_config, tiny_model
+
+SPARSE = [name for name in EVERY_MODEL if tiny_config(name).n_routed_experts]
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(2))
+
+
+def step(forward, model, **arguments):
+    model.zero_grad()
+    loss = forward(input_ids=tokens(), labels=tokens(), **arguments).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def agree(model, **arguments):
+    torch._dynamo.reset()
+    expected = step(model, model, **arguments)
+    found = step(torch.compile(model, fullgraph=True, backend="aot_eager"), model, **arguments)
+    torch.testing.assert_close(found, expected, rtol=2e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", EVERY_MODEL)
+def test_a_training_step_is_one_graph_with_the_gradients_of_eager_code(name):
+    agree(tiny_model(name).train())
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "nanochat-tiny", "bytegpt-tiny"])
+def test_packed_and_padded_rows_compile_too(name):
+    model = tiny_model(name).train()
+    agree(model, position_ids=torch.cat([torch.arange(9), torch.arange(15)]).repeat(2, 1))
+    mask = torch.ones_like(tokens())
+    mask[0, :3] = 0
+    agree(model, attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_router_logits_and_their_loss_compile(name):
+    """The library's recording of router logits takes a lock, which no compiler can trace."""
+    model = tiny_model(name, router_aux_loss_coef=0.1).train()
+    agree(model, output_router_logits=True)
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "bytegpt-tiny"])
+def test_checkpointed_layers_compile(name):
+    model = tiny_model(name).train()
+    model.gradient_checkpointing_enable()
+    agree(model)
+
+
+def test_an_exported_program_holds_no_operator_of_this_package():
+    model = tiny_model("llama-tiny").eval()
+    program = torch.export.export(model, (tokens(),), {"use_cache": False})
+    assert not any("tessera." in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(tokens(), use_cache=False).logits, model(tokens()).logits)
