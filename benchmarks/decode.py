@@ -3,8 +3,8 @@
     python benchmarks/decode.py [--sizes 124m 1.1b] [--batches 1 8 64]
 
 `generate(cache_implementation="static")`, greedy, bf16, prompt of 512, on each side as it is called by
-default (transformers compiles with CUDA graphs). Tokens per second is that of the steps alone: the time of 160 new
-tokens less that of 32, medians. The time to the first token is that of one new token.
+default (transformers compiles with CUDA graphs). Tokens per second is that of the steps alone: the time of
+160 new tokens less that of 32, medians. The time to the first token is that of one new token.
 """
 
 import argparse
@@ -106,7 +106,7 @@ def main() -> None:
                 peaks[side] = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
                 rates[side], firsts[side] = batch * (LONG - SHORT) / (long - short), first
                 print(
-                    f"{size} B{batch:<3} {side:13} {rates[side]:10,.0f} tokens/s  first {1e3 * first:6.1f} ms  "
+                    f"{size} B{batch:<3} {side:13} {rates[side]:9,.0f} tokens/s first {1e3 * first:5.1f} ms  "
                     f"all {LONG} in {1e3 * long:7.1f} ms  peak {peaks[side]:.2f} GiB",
                     flush=True,
                 )

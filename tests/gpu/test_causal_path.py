@@ -31,9 +31,7 @@ def step(forward, model, **arguments):
     "name", ["llama-tiny", "nanochat-tiny", "latent-sliding-lowrank-sigmoid", "moe-qknorm-softcap"]
 )
 @pytest.mark.parametrize("compiled", [False, True])
-def test_packed_rows_with_windows_train_as_with_written_out_masks_and_without_one(
-    name, compiled, monkeypatch
-):
+def test_packed_rows_with_windows_train_without_a_written_out_mask(name, compiled, monkeypatch):
     torch.backends.cuda.matmul.allow_tf32 = False
     model = tiny_model(name, max_position_embeddings=256, layer_types="SL", sliding_window=33).cuda().train()
     model.set_attn_implementation("eager")

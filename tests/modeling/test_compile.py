@@ -1,4 +1,4 @@
-"""A training step under `torch.compile(fullgraph=True)`: one graph, the loss and the gradients of eager code."""
+"""A training step under `torch.compile(fullgraph=True)`: one graph, loss and gradients of eager code."""
 
 import pytest
 import torch
