@@ -13,6 +13,7 @@ import gc
 import json
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 import transformers
@@ -134,24 +135,17 @@ def measure(model, compiled: bool, batch: int, length: int, seconds: float, prof
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    def timed() -> float:
-        if cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
     start = time.perf_counter()
     first_loss = step().item()
     first = time.perf_counter() - start
-    timed(), timed()
+    start = time.perf_counter()
+    for _ in range(3):
+        loss = step()
+    loss.item()
+    steps = max(4, min(40, round(seconds * 3 / (time.perf_counter() - start))))
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    times = [timed()]
-    while sum(times) < seconds and len(times) < 40:
-        times.append(timed())
+    times = _step_times(step, steps, cuda)
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
     median = statistics.median(times)
     row = {
@@ -169,6 +163,24 @@ def measure(model, compiled: bool, batch: int, length: int, seconds: float, prof
         events = profiler.key_averages()
         print(events.table(sort_by="self_cuda_time_total", row_limit=16, max_name_column_width=60))
     return row
+
+
+def _step_times(step: Callable[[], torch.Tensor], steps: int, cuda: bool) -> list[float]:
+    """Seconds of each step; on a GPU between events, so that the CPU runs ahead as it does in training."""
+    if not cuda:
+        times = []
+        for _ in range(steps):
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+        return times
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) / 1e3 for a, b in zip(events[:-1], events[1:], strict=True)]
 
 
 def main() -> None:

@@ -8,8 +8,9 @@ reads what was written so far), or the cache counts in Python (windows, smear), 
 What belongs here: that loop, and the conditions for it.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -93,7 +94,7 @@ def sample_captured(
         state.choose(forward(model, state.token, state.position, state.mask, cache))
 
     run = step
-    with model._optimize_model_for_decode():
+    with model._optimize_model_for_decode(), _beside(input_ids.device):
         for done in range(1, state.room):
             if done == 1 + _WARM_UP_STEPS and state.room - done > STEPS_BETWEEN_CHECKS:
                 run = _captured(step, input_ids.device)
@@ -173,16 +174,32 @@ def _compiled(backend: str | Callable, dynamic: bool | None, fullgraph: bool) ->
     return torch.compile(_next_logits, backend=backend, dynamic=dynamic, fullgraph=fullgraph)
 
 
+@functools.lru_cache(maxsize=8)
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    # One for all captures: cuBLAS keeps a workspace for each stream that it has seen.
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _beside(device: torch.device) -> Iterator[None]:
+    """Work on a stream that can be captured, after all that was begun before and before all that follows."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = _stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
 def _captured(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """The step as a CUDA graph; elsewhere the step itself."""
     if device.type != "cuda":
         return step
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        # Not `torch.cuda.graph`: it collects garbage first, which takes as long as a hundred tokens.
-        graph.capture_begin(capture_error_mode="thread_local")
-        step()
-        graph.capture_end()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Not `torch.cuda.graph`: it collects garbage first, which takes as long as a hundred tokens.
+    graph.capture_begin(capture_error_mode="thread_local")
+    step()
+    graph.capture_end()
     return graph.replay

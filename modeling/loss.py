@@ -9,8 +9,8 @@ losses over hidden states and the head's weight. Shapes: N tokens, C hidden, V v
 import torch
 from torch.autograd.function import once_differentiable
 
-# Logits that exist at once. 2048 tokens of a 32k vocabulary keep an H200's matrix units busy.
-LOGITS_AT_A_TIME = 2**26
+# Logits that exist at once: 4096 tokens of a 32k vocabulary, which keep an H200's matrix units busy.
+LOGITS_AT_A_TIME = 2**27
 FEWEST_TOKENS = 512  # below, products with a large vocabulary are bound by reading the head
 
 
