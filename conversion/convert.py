@@ -150,10 +150,12 @@ def _write(
         write_safetensors(folder, to_theirs(tensors, config, family.rules))
         return
     config.architectures = ["TesseraForCausalLM"]
-    config.save_pretrained(folder)
     if to == "native":
+        # Not a directory that transformers loads, so without the code for that.
+        config.to_json_file(folder / "config.json")
         native.write_native(folder, config, tensors, mp)
     else:
+        config.save_pretrained(folder)
         write_safetensors(folder, tensors)
 
 

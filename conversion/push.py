@@ -20,9 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
-from transformers.dynamic_module_utils import get_relative_import_files
 
-from tessera.modeling import modeling_tessera
 from tessera.modeling.loading import read_json
 
 from .checkpoints import Checkpoint, open_checkpoint
@@ -34,14 +32,6 @@ T = TypeVar("T")
 
 # What older versions of transformers wrote into configurations.
 _PATHS = {"_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file"}
-
-AUTO_MAP = {
-    "AutoConfig": "configuration_tessera.TesseraConfig",
-    "AutoModel": "modeling_tessera.TesseraModel",
-    "AutoModelForCausalLM": "modeling_tessera.TesseraForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_tessera.TesseraForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_tessera.TesseraForTokenClassification",
-}
 
 # Loads a directory as somebody does who has transformers and no Tessera.
 _LOAD = """
@@ -143,11 +133,8 @@ def build_release(
         _copy_without_paths(file, folder / file.name)
     if checkpoint.family is None:
         config = checkpoint.config
-        config.auto_map, config.architectures = dict(AUTO_MAP), ["TesseraForCausalLM"]
+        config.architectures = ["TesseraForCausalLM"]
         config.save_pretrained(folder)
-        code = Path(modeling_tessera.__file__)
-        for file in [code, *map(Path, get_relative_import_files(code))]:
-            shutil.copy(file, folder / file.name)
     else:
         _copy_without_paths(checkpoint.folder / "config.json", folder / "config.json")
     if not (folder / "generation_config.json").is_file():

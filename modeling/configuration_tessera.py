@@ -10,8 +10,9 @@ import copy
 import difflib
 import importlib
 import math
+import os
 from dataclasses import field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -206,8 +207,10 @@ class TesseraConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-    # A real field: TRL reads it from every configuration, and saving with code fills it.
+    # A real field: TRL reads it from every configuration, and saving fills it.
     auto_map: dict = field(default_factory=dict)
+    # By this transformers knows that our code must be saved with the configuration.
+    _auto_class: ClassVar[str | None] = "AutoConfig"
 
     def __post_init__(self, **kwargs):
         self._take_aliases(kwargs)
@@ -520,6 +523,26 @@ class TesseraConfig(PreTrainedConfig):
                 f"smear_gate_channels ({self.smear_gate_channels}) must lie between 1 and hidden_size "
                 f"({self.hidden_size})"
             )
+
+    # ---- saving ----
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """Writes `config.json` and beside it the code of all models, which its `auto_map` names.
+
+        Models, trainers and `push_to_hub` come through here as well: whatever is saved can be loaded with
+        `trust_remote_code=True` elsewhere, and where Tessera is installed needs neither flag nor code.
+
+        Args:
+            save_directory: made if it is not there.
+            push_to_hub: whether to send it to the Hub as well.
+            kwargs: for the base class, such as `repo_id` and `token` for the Hub.
+        """
+        # Here and not at the top, where it would be a circle. See that file for what this line does unseen.
+        from .auto_map import complete
+
+        self.validate()  # before anything is written; the base class does so after our code
+        self.auto_map = complete(self.auto_map)
+        super().save_pretrained(os.fspath(save_directory), push_to_hub=push_to_hub, **kwargs)
 
     # ---- presets ----
 

@@ -8,6 +8,7 @@ here: how the parts are joined, and the contract with transformers (masks, cache
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
@@ -435,9 +436,24 @@ class TesseraForCausalLM(TesseraPreTrainedModel, GenerationMixin):
 class TesseraForSequenceClassification(GenericForSequenceClassification, TesseraPreTrainedModel):
     """The decoder with a classification or regression head on the last token of each sequence."""
 
+    def __init__(self, config: TesseraConfig):
+        super().__init__(_known_to_auto_model(config))
+
 
 class TesseraForTokenClassification(GenericForTokenClassification, TesseraPreTrainedModel):
     """The decoder with a classification head on every token."""
+
+    def __init__(self, config: TesseraConfig):
+        super().__init__(_known_to_auto_model(config))
+
+
+def _known_to_auto_model(config: TesseraConfig) -> TesseraConfig:
+    """The configuration, after AutoModel has learnt the decoder that goes with its class.
+
+    The generic heads ask AutoModel for their decoder; of remote code it knows only what it was asked for.
+    """
+    AutoModel.register(type(config), TesseraModel, exist_ok=True)
+    return config
 
 
 def _share_of_batch(

@@ -264,7 +264,8 @@ class Run:
             if self.replace:
                 shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.model.config.save_pretrained(self.folder)
+            # The configuration alone: `final` and the checkpoints have the model with its code.
+            self.model.config.to_json_file(self.folder / "config.json")
             recipe = yaml.safe_dump(asdict(self.args), sort_keys=False, allow_unicode=True)
             (self.folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
             if self.resume:

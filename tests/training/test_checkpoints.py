@@ -77,7 +77,7 @@ def test_a_checkpoint_is_a_hugging_face_directory_of_safetensors_and_json(tmp_pa
     model, optimizer = trained()
     path = save(tmp_path, 2, model, optimizer, tokenizer=build_byte_tokenizer())
     files = {file.name for file in path.iterdir()}
-    assert {file.rsplit(".", 1)[1] for file in files} == {"safetensors", "json"}
+    assert {file.rsplit(".", 1)[1] for file in files} == {"safetensors", "json", "py"}, "and the model's code"
     assert set(json.loads((path / "manifest.json").read_text())) == files - {"manifest.json"}
     assert AutoTokenizer.from_pretrained(path)("hi")["input_ids"] == list(b"hi")
     loaded = AutoModelForCausalLM.from_pretrained(path)
