@@ -211,21 +211,33 @@ def _ask(question: Callable[[HfApi], T], repo_id: str) -> T:
     api = HfApi()
     try:
         return question(api)
-    except HfHubHTTPError as error:
+    except Exception as error:
+        reason = _why(error, api, repo_id)
+        if reason is None:
+            raise
+        raise ValueError(reason) from error
+
+
+def _why(error: BaseException | None, api: HfApi, repo_id: str) -> str | None:
+    """What an error of the client means, in a sentence; None for one that is not about the Hub."""
+    if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         reasons = {
             401: "the Hub does not know the token; check HF_TOKEN, or log in with `hf auth login`",
             403: f"the token may not write to {repo_id}",
         }
         said = str(error).splitlines()[-1].strip()
-        raise ValueError(reasons.get(status, f"the Hub refused {repo_id} ({status}): {said}")) from error
-    except OfflineModeIsEnabled as error:
-        raise ValueError("the Hub cannot be reached: HF_HUB_OFFLINE is set") from error
-    except Exception as error:
-        # The client's transport is one library or another by version; all that they raise ends here.
-        if not type(error).__module__.startswith("httpx"):
-            raise
-        raise ValueError(f"the Hub at {api.endpoint} cannot be reached: {error}") from error
+        return reasons.get(status, f"the Hub refused {repo_id} ({status}): {said}")
+    if isinstance(error, OfflineModeIsEnabled):
+        return "the Hub cannot be reached: HF_HUB_OFFLINE is set"
+    # The client's transport is one library or another by version; all that they raise ends here.
+    if type(error).__module__.startswith("httpx"):
+        return f"the Hub at {api.endpoint} cannot be reached: {error}"
+    if isinstance(error, RuntimeError):
+        # Of a file that could not be uploaded it says no more than the name; the reason is beneath.
+        reason = _why(error.__cause__, api, repo_id)
+        return reason and f"{str(error).rstrip('.')}, and nothing was changed there: {reason}"
+    return None
 
 
 def _on_hub(name: str, kind: str) -> bool:

@@ -75,7 +75,7 @@ def test_models_and_datasets_go_up_and_come_back(tmp_path):
     assert done.returncode == 0, done.stderr
     # What was there is there again after a restart.
     with LocalHub(tmp_path / "hub") as hub:
-        repository = hub.find("datasets", "someone/lines", authorized=False)
+        repository = hub.find("datasets", "someone/lines")
         file = repository.commit(repository.resolve("main"))["files"]["train.jsonl"]
         line = repository.blob(file["sha256"]).read_text().splitlines()[7]
         assert json.loads(line) == {"text": "row 7"}

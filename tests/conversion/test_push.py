@@ -95,7 +95,7 @@ def test_a_run_is_pushed_and_a_stranger_loads_it(hub, tmp_path):
     assert ids.tolist() == [list(b"Hello, stranger!")]
     with torch.no_grad():
         torch.testing.assert_close(logits, model(ids, use_cache=False).logits, atol=1e-5, rtol=0)
-    repository = hub.find("models", "someone/first", authorized=True)
+    repository = hub.find("models", "someone/first")
     commits = list((repository.folder / "commits").iterdir())
     assert len(commits) == 2, "one to create the repository, one with everything"
     assert repository.commit(repository.resolve("main"))["title"] == "It begins"
@@ -110,7 +110,7 @@ def test_a_llama_export_is_pushed_to_a_branch_and_needs_no_code(in_process, tmp_
     assert module == "transformers.models.llama.modeling_llama"
     with torch.no_grad():
         torch.testing.assert_close(logits, model(ids, use_cache=False).logits, atol=1e-5, rtol=0)
-    repository = hub.find("models", "someone/llama", authorized=True)
+    repository = hub.find("models", "someone/llama")
     assert not repository.commit(repository.resolve("main"))["files"]
     assert repository.about["private"]
     files = repository.commit(repository.resolve("first"))["files"]
@@ -233,6 +233,27 @@ def test_a_hub_that_cannot_take_it_gets_one_sentence(
     with pytest.raises(ValueError, match=sentence) as caught:
         push(tmp_path / "nothing", name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_hub_that_fails_in_the_middle_has_nothing_of_it_and_the_next_push_all(
+    in_process, tmp_path, monkeypatch
+):
+    tiny_model("llama-tiny").save_pretrained(tmp_path)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    send = partial(pushing._upload, tmp_path, "someone/half", False, None, "at once")
+    in_process.break_next("PUT", "/lfs/", status=500, times=6)
+    sentence = (
+        "uploading 'model.safetensors' to the Hub, and nothing was changed there: the Hub refused someone/"
+    )
+    with pytest.raises(ValueError, match=sentence) as caught:
+        send()
+    assert "\n" not in str(caught.value)
+    repository = in_process.find("models", "someone/half")
+    assert not repository.commit(repository.resolve())["files"]
+    in_process.mend()
+    send()
+    files = repository.commit(repository.resolve())["files"]
+    assert files.keys() == {path.name for path in tmp_path.iterdir()}
 
 
 def test_what_transformers_does_not_load_is_refused_before_anything_is_created(in_process, tmp_path):

@@ -1,0 +1,461 @@
+"""The protocol of the Hub, as `local_hub.py` speaks it: what is asked, who may ask, and what is answered."""
+
+import hashlib
+import json
+import re
+import shutil
+import socket
+import uuid
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
+
+from hub_repositories import Refused, Repository
+
+if TYPE_CHECKING:
+    from local_hub import Account, LocalHub
+
+# From this size on a file is uploaded on its own (LFS), below it inside the commit; these endings always. The
+# Hub's own choice, shortened.
+LARGE_FILE = 10 << 20
+LARGE_SUFFIXES = (".safetensors", ".bin", ".parquet", ".gz", ".npz")
+# Entries in one answer of `tree`, plain and expanded: the Hub's.
+PAGE, EXPANDED_PAGE = 1000, 50
+BLOCK = 1 << 20
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One request: what it names is found, and the method that serves it is called."""
+
+    hub: "LocalHub"
+    protocol_version = "HTTP/1.1"
+    # (method, path, name of the serving method, who may ask); segments stay quoted until they are taken apart
+    # `read`: anybody; `write`: who has a token that writes; `signed`: who was given the address. Whether they
+    # may have this repository is seen where that is found.
+    ROUTES = [
+        (method, re.compile(path), serve, right)
+        for method, path, serve, right in (
+            ("GET", r"/api/whoami-v2", "_whoami", "read"),
+            ("POST", r"/api/validate-yaml", "_validate_yaml", "read"),
+            ("POST", r"/api/repos/create", "_create", "write"),
+            ("DELETE", r"/api/repos/delete", "_delete", "write"),
+            ("GET", r"/api/(models|datasets)", "_list", "read"),
+            ("GET", r"/api/(models|datasets)/([^/]+/[^/]+)", "_info", "read"),
+            ("GET", r"/api/(models|datasets)/([^/]+/[^/]+)/revision/([^/]+)", "_info", "read"),
+            ("GET", r"/api/(models|datasets)/([^/]+/[^/]+)/refs", "_refs", "read"),
+            ("GET", r"/api/(models|datasets)/([^/]+/[^/]+)/commits/([^/]+)", "_commits", "read"),
+            ("GET", r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)/?(.*)", "_tree", "read"),
+            ("POST", r"/api/(models|datasets)/([^/]+/[^/]+)/paths-info/([^/]+)", "_paths_info", "read"),
+            ("GET", r"/api/(models|datasets)/([^/]+/[^/]+)/discussions", "_pulls", "read"),
+            ("POST", r"/api/(models|datasets)/([^/]+/[^/]+)/discussions/(\d+)/merge", "_merge", "write"),
+            ("PUT", r"/api/(models|datasets)/([^/]+/[^/]+)/settings", "_settings", "write"),
+            ("POST", r"/api/(models|datasets)/([^/]+/[^/]+)/branch/(.+)", "_add_branch", "write"),
+            ("DELETE", r"/api/(models|datasets)/([^/]+/[^/]+)/branch/(.+)", "_remove_branch", "write"),
+            ("POST", r"/api/(models|datasets)/([^/]+/[^/]+)/tag/(.+)", "_add_tag", "write"),
+            ("DELETE", r"/api/(models|datasets)/([^/]+/[^/]+)/tag/(.+)", "_remove_tag", "write"),
+            ("POST", r"/api/(models|datasets)/([^/]+/[^/]+)/preupload/([^/]+)", "_preupload", "write"),
+            ("POST", r"/api/(models|datasets)/([^/]+/[^/]+)/commit/([^/]+)", "_commit", "write"),
+            ("POST", r"/(datasets/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", "_lfs_batch", "write"),
+            ("PUT", r"/lfs/(models|datasets)/([^/]+/[^/]+)/([0-9a-f]{64})", "_lfs_put", "signed"),
+            ("POST", r"/lfs/(models|datasets)/([^/]+/[^/]+)/verify", "_lfs_verify", "write"),
+            ("GET", r"/lfs/(models|datasets)/([^/]+/[^/]+)/([0-9a-f]{64})", "_lfs_get", "signed"),
+            ("GET", r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "_resolve", "read"),
+        )
+    ]
+
+    def log_message(self, *_) -> None:
+        """Nothing: the tests' output is their own."""
+
+    def do_GET(self) -> None:
+        """Serves GET, and HEAD, which differs in that no body is sent."""
+        self._serve("GET")
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        """Serves POST."""
+        self._serve("POST")
+
+    def do_PUT(self) -> None:
+        """Serves PUT."""
+        self._serve("PUT")
+
+    def do_DELETE(self) -> None:
+        """Serves DELETE."""
+        self._serve("DELETE")
+
+    def _serve(self, method: str) -> None:
+        self.body_read = False
+        url = urlsplit(self.path)
+        self.query = {key: values[-1] for key, values in parse_qs(url.query).items()}
+        self.hub.requests.append((self.command, self.path, self.headers.get("Range", "")))
+        self.broken = self.hub.take_break(self.command, url.path)
+        try:
+            if self.broken and self.broken.status:
+                raise Refused(self.broken.status, "this was to go wrong")
+            for wanted, path, serve, right in self.ROUTES:
+                if wanted == method and (found := path.fullmatch(url.path)):
+                    self.account = self._identify(right, url.path)
+                    return getattr(self, serve)(*(unquote(part or "") for part in found.groups()))
+            raise Refused(404, f"there is no {method} {url.path} here")
+        except Refused as error:
+            self._reply(error.body, error.status, error.headers)
+        except (BrokenPipeError, ConnectionError):
+            self.close_connection = True
+        except (KeyError, TypeError, ValueError, StopIteration) as error:
+            self._reply({"error": f"malformed request: {error!r}"}, 400)
+
+    # ---- who asks ----
+
+    def _identify(self, right: str, path: str) -> "Account | None":
+        """Whose token was sent, if one was; refused where it is unknown or may not do this kind of thing."""
+        if right == "signed":
+            if self.query.get("signature") != self.hub.signature(path):
+                raise Refused(403, "The signature does not match")
+            return None
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token and token not in self.hub.accounts:
+            raise Refused(401, "Invalid credentials in Authorization header")
+        account = self.hub.accounts.get(token)
+        if right == "write" and account is None:
+            raise Refused(401, "Invalid username or password.")
+        if right == "write" and not account.may_write:
+            raise Refused(403, "Forbidden: you must use a write token to upload to a repository")
+        return account
+
+    def _find(self, kind: str, name: str, *, content: bool = False, write: bool = False) -> Repository:
+        """A repository of which the caller may see that it is there, read the files, or change it."""
+        asking = self.account.name if self.account else None
+        try:
+            repository = self.hub.find(kind, name)
+            if repository.about["private"] and asking != repository.owner:
+                raise Refused(404, "Repository not found", "RepoNotFound")
+        except Refused as error:
+            error.status = 404 if asking else 401
+            raise
+        if asking == repository.owner:
+            return repository
+        if content and repository.about["gated"]:
+            raise Refused(403 if asking else 401, f"Access to {name} is restricted", "GatedRepo")
+        if write:
+            raise Refused(403, f"Forbidden: {asking} may not write to {name}; open a pull request")
+        return repository
+
+    # ---- bodies ----
+
+    def _blocks(self) -> Iterator[bytes]:
+        """The body of the request."""
+        self.body_read = True
+        chunked = "chunked" in self.headers.get("Transfer-Encoding", "")
+        left = 0 if chunked else int(self.headers.get("Content-Length") or 0)
+        passed = 0
+        while chunked or left:
+            if chunked:
+                size = int(self.rfile.readline().split(b";")[0], 16)
+                block = self.rfile.read(size)
+                self.rfile.readline()
+                chunked = bool(size)
+            else:
+                block = self.rfile.read(min(left, BLOCK))
+                left -= len(block)
+            passed += len(block)
+            if self.broken and passed >= self.broken.after:
+                self._cut()
+            yield block
+
+    def _cut(self) -> None:
+        """Ends the connection in the middle."""
+        self.wfile.flush()
+        self.connection.shutdown(socket.SHUT_RDWR)
+        raise ConnectionError("cut")
+
+    def _body(self) -> bytes:
+        return b"".join(self._blocks())
+
+    def _json(self) -> dict:
+        return json.loads(self._body() or b"{}")
+
+    def _reply(self, values, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        if not self.body_read and not (self.broken and self.broken.status):
+            self._body()
+        elif not self.body_read:
+            # Nobody reads the rest of the request.
+            self.close_connection = True
+        content = json.dumps(values).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def _send_file(self, path: Path, headers: dict[str, str]) -> None:
+        """Answers with a file, or with the range of it that was asked for."""
+        size = path.stat().st_size
+        start, end, status = 0, size - 1, 200
+        if found := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
+            first, last = found.groups()
+            start = int(first) if first else max(size - int(last), 0)
+            end = min(int(last), end) if first and last else end
+            status = 206
+            if start >= size:
+                raise Refused(416, "Range Not Satisfiable", **{"Content-Range": f"bytes */{size}"})
+            headers = {**headers, "Content-Range": f"bytes {start}-{end}/{size}"}
+        self.send_response(status)
+        self.send_header("Content-Type", "application/octet-stream")
+        self.send_header("Content-Length", str(end - start + 1))
+        self.send_header("Accept-Ranges", "bytes")
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if self.broken:
+            end = min(end, start + self.broken.after - 1)
+        with path.open("rb") as stream:
+            stream.seek(start)
+            left = end - start + 1
+            while left and (block := stream.read(min(left, BLOCK))):
+                self.wfile.write(block)
+                left -= len(block)
+        if self.broken:
+            self._cut()
+
+    # ---- accounts and repositories ----
+
+    def _whoami(self) -> None:
+        if self.account is None:
+            raise Refused(401, "Invalid username or password.")
+        token = {"displayName": "local", "role": "write" if self.account.may_write else "read"}
+        name = self.account.name
+        self._reply({"type": "user", "id": name, "name": name, "orgs": [], "auth": {"accessToken": token}})
+
+    def _validate_yaml(self) -> None:
+        self._reply({"errors": [], "warnings": []})
+
+    def _create(self) -> None:
+        given = self._json()
+        kind = f"{given.get('type') or 'model'}s"
+        owner = given.get("organization") or self.account.name
+        if owner != self.account.name:
+            raise Refused(403, f'You don\'t have the rights to create a {kind[:-1]} under "{owner}"')
+        private = given.get("private") or given.get("visibility") == "private"
+        repository = self.hub.create(kind, f"{owner}/{given['name']}", bool(private))
+        self._reply({"url": self._page(repository), "name": repository.name})
+
+    def _page(self, repository: Repository) -> str:
+        return f"{self.hub.url}/{'datasets/' if repository.kind == 'datasets' else ''}{repository.name}"
+
+    def _delete(self) -> None:
+        given = self._json()
+        name = f"{given.get('organization') or self.account.name}/{given['name']}"
+        with self.hub.lock:
+            shutil.rmtree(self._find(f"{given.get('type') or 'model'}s", name, write=True).folder)
+        self._reply({})
+
+    def _list(self, kind: str) -> None:
+        asking = self.account.name if self.account else None
+        rows = []
+        for path in sorted((self.hub.root / kind).glob("*/*/repository.json")):
+            repository = self.hub.find(kind, "/".join(path.parts[-3:-1]))
+            if repository.about["private"] and asking != repository.owner:
+                continue
+            wanted = self.query.get("author", repository.owner), self.query.get("search", "").lower()
+            if wanted[0] == repository.owner and wanted[1] in repository.name.lower():
+                rows.append(repository.describe(repository.resolve()))
+        self._reply(rows)
+
+    def _info(self, kind: str, name: str, revision: str = "main") -> None:
+        repository = self._find(kind, name)
+        self._reply(repository.describe(repository.resolve(revision)))
+
+    def _settings(self, kind: str, name: str) -> None:
+        given = self._json()
+        with self.hub.lock:
+            repository = self._find(kind, name, write=True)
+            about = repository.about
+            about["gated"] = given.get("gated", about["gated"])
+            if "visibility" in given:
+                about["private"] = given["visibility"] == "private"
+            repository.write_about(about)
+        self._reply({})
+
+    # ---- branches, tags, commits, pull requests ----
+
+    def _refs(self, kind: str, name: str) -> None:
+        rows = {"heads": [], "tags": [], "pr": []}
+        for ref, sha in self._find(kind, name).about["refs"].items():
+            _, group, short = ref.split("/", 2)
+            rows[group].append({"name": short, "ref": ref, "targetCommit": sha})
+        answer = {"branches": rows["heads"], "tags": rows["tags"], "converts": []}
+        self._reply({**answer, "pullRequests": rows["pr"]} if "include_prs" in self.query else answer)
+
+    def _change_ref(self, kind: str, name: str, ref: str, start: str | None) -> None:
+        with self.hub.lock:
+            repository = self._find(kind, name, write=True)
+            repository.remove_ref(ref) if start is None else repository.add_ref(ref, start)
+        self._reply({})
+
+    def _add_branch(self, kind: str, name: str, branch: str) -> None:
+        self._change_ref(kind, name, f"refs/heads/{branch}", self._json().get("startingPoint") or "main")
+
+    def _remove_branch(self, kind: str, name: str, branch: str) -> None:
+        self._change_ref(kind, name, f"refs/heads/{branch}", None)
+
+    def _add_tag(self, kind: str, name: str, revision: str) -> None:
+        self._change_ref(kind, name, f"refs/tags/{self._json()['tag']}", revision)
+
+    def _remove_tag(self, kind: str, name: str, tag: str) -> None:
+        self._change_ref(kind, name, f"refs/tags/{tag}", None)
+
+    def _commits(self, kind: str, name: str, revision: str) -> None:
+        repository = self._find(kind, name)
+        rows = []
+        for sha, commit in repository.history(repository.resolve(revision)):
+            row = {"id": sha, "title": commit["title"], "message": "", "date": commit["date"]}
+            rows.append({**row, "authors": [{"user": commit["author"] or repository.owner}]})
+        self._reply(rows)
+
+    def _pulls(self, kind: str, name: str) -> None:
+        repository = self._find(kind, name)
+        rows = [
+            {
+                "num": number,
+                "title": pull["title"],
+                "author": {"name": pull["author"]},
+                "createdAt": pull["date"],
+                "status": pull["status"],
+                "repo": {"name": name, "type": kind[:-1]},
+                "isPullRequest": True,
+            }
+            for number, pull in enumerate(repository.about["pulls"], start=1)
+        ]
+        self._reply({"discussions": rows, "count": len(rows), "start": 0})
+
+    def _merge(self, kind: str, name: str, number: str) -> None:
+        with self.hub.lock:
+            self._find(kind, name, write=True).merge(int(number), self.account.name)
+        self._reply({})
+
+    # ---- reading ----
+
+    def _tree(self, kind: str, name: str, revision: str, folder: str) -> None:
+        repository = self._find(kind, name)
+        recursive, expand = (
+            self.query.get(flag, "false").lower() in ("true", "1") for flag in ("recursive", "expand")
+        )
+        entries = repository.tree(repository.resolve(revision), folder.strip("/"), recursive, expand)
+        first, page = int(self.query.get("cursor", 0)), EXPANDED_PAGE if expand else PAGE
+        headers = {}
+        if first + page < len(entries):
+            query = urlencode({**self.query, "cursor": first + page})
+            headers["Link"] = f'<{self.hub.url}{urlsplit(self.path).path}?{query}>; rel="next"'
+        self._reply(entries[first : first + page], headers=headers)
+
+    def _paths_info(self, kind: str, name: str, revision: str) -> None:
+        body = self._body()
+        if "json" in self.headers.get("Content-Type", ""):
+            given = json.loads(body)
+            paths = [given["paths"]] if isinstance(given["paths"], str) else given["paths"]
+            expand = bool(given.get("expand"))
+        else:
+            given = parse_qs(body.decode())
+            paths, expand = given.get("paths", []), given.get("expand", [""])[-1].lower() in ("true", "1")
+        repository = self._find(kind, name)
+        everything = repository.tree(repository.resolve(revision), recursive=True, expand=expand)
+        wanted = {path.strip("/") for path in paths}
+        self._reply([entry for entry in everything if entry["path"] in wanted])
+
+    def _resolve(self, kind: str, name: str, revision: str, path: str) -> None:
+        repository = self._find("datasets" if kind else "models", name, content=True)
+        sha = repository.resolve(revision)
+        headers = {"X-Repo-Commit": sha}
+        file = repository.commit(sha)["files"].get(path)
+        if file is None:
+            raise Refused(404, f"Entry not found: {path}", "EntryNotFound", **headers)
+        if not file["lfs"]:
+            return self._send_file(repository.blob(file["sha256"]), {**headers, "ETag": f'"{file["oid"]}"'})
+        # Large files are elsewhere: the client takes what it needs to know from here, and follows.
+        headers["X-Linked-Etag"] = headers["ETag"] = f'"{file["sha256"]}"'
+        headers["X-Linked-Size"] = str(file["size"])
+        place = f"/lfs/{repository.kind}/{quote(name)}/{file['sha256']}"
+        self._reply({}, 302, {**headers, "Location": self.hub.sign(place)})
+
+    def _lfs_get(self, kind: str, name: str, sha256: str) -> None:
+        blob = self.hub.find(kind, name).blob(sha256)
+        if not blob.exists():
+            raise Refused(404, "there is no such content")
+        self._send_file(blob, {"ETag": f'"{sha256}"'})
+
+    # ---- writing ----
+
+    def _find_for_commit(self, kind: str, name: str) -> Repository:
+        """A repository that the caller may change, or propose a change to."""
+        return self._find(kind, name, write="create_pr" not in self.query)
+
+    def _preupload(self, kind: str, name: str, revision: str) -> None:
+        repository = self._find_for_commit(kind, name)
+        there = repository.commit(repository.resolve(revision))["files"]
+        rows = []
+        for file in self._json()["files"]:
+            large = file["size"] >= LARGE_FILE or file["path"].endswith(LARGE_SUFFIXES)
+            mode = "lfs" if large else "regular"
+            row = {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
+            if file["path"] in there:
+                # By which the client leaves out what has not changed.
+                known = there[file["path"]]
+                row["oid"] = known["sha256"] if known["lfs"] else known["oid"]
+            rows.append(row)
+        self._reply({"files": rows})
+
+    def _lfs_batch(self, kind: str, name: str) -> None:
+        # Content alone changes nothing, and the request does not say whether a pull request will be opened.
+        repository = self._find("datasets" if kind else "models", name)
+        place = f"/lfs/{repository.kind}/{quote(name)}"
+        rows = []
+        for file in self._json()["objects"]:
+            row = {"oid": file["oid"], "size": file["size"]}
+            if not repository.blob(file["oid"]).exists():
+                row["actions"] = {
+                    "upload": {"href": self.hub.sign(f"{place}/{file['oid']}")},
+                    "verify": {"href": f"{self.hub.url}{place}/verify"},
+                }
+            rows.append(row)
+        self._reply({"transfer": "basic", "objects": rows})
+
+    def _lfs_put(self, kind: str, name: str, sha256: str) -> None:
+        blob = self.hub.find(kind, name).blob(sha256)
+        aside, found = blob.with_name(f".{sha256}.{uuid.uuid4().hex}"), hashlib.sha256()
+        try:
+            with aside.open("wb") as stream:
+                for block in self._blocks():
+                    stream.write(block)
+                    found.update(block)
+            if found.hexdigest() != sha256:
+                raise Refused(400, "the content does not have the hash that was announced")
+            aside.replace(blob)
+        finally:
+            aside.unlink(missing_ok=True)
+        self._reply({})
+
+    def _lfs_verify(self, kind: str, name: str) -> None:
+        given = self._json()
+        blob = self._find(kind, name).blob(given["oid"])
+        if not blob.exists() or blob.stat().st_size != given["size"]:
+            raise Refused(404, "the upload is not there")
+        self._reply({})
+
+    def _commit(self, kind: str, name: str, revision: str) -> None:
+        as_pull = "create_pr" in self.query
+        rows = [json.loads(line) for line in self._body().splitlines() if line.strip()]
+        with self.hub.lock:
+            repository = self._find_for_commit(kind, name)
+            sha, number = repository.apply(rows, revision, self.account.name, as_pull)
+        page = self._page(repository)
+        answer = {"success": True, "commitUrl": f"{page}/commit/{sha}", "commitOid": sha}
+        if as_pull:
+            answer["pullRequestUrl"] = f"{page}/discussions/{number}"
+        self._reply(answer)
