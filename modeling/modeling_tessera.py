@@ -452,7 +452,8 @@ def _known_to_auto_model(config: TesseraConfig) -> TesseraConfig:
 
     The generic heads ask AutoModel for their decoder; of remote code it knows only what it was asked for.
     """
-    AutoModel.register(type(config), TesseraModel, exist_ok=True)
+    if type(config) not in AutoModel._model_mapping:
+        AutoModel.register(type(config), TesseraModel)
     return config
 
 

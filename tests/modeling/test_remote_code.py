@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from helpers.models import DIALECTS, tiny_config, tiny_model
 from helpers.remote_code import FOLDER, travelling, without_tessera
 from helpers.weights import randomize
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tessera import (
+    TesseraConfig,
     TesseraForCausalLM,
     TesseraForSequenceClassification,
     TesseraForTokenClassification,
@@ -134,6 +136,13 @@ def test_where_tessera_is_installed_no_flag_is_needed_and_no_file_is_run(tmp_pat
         assert type(AutoConfig.from_pretrained(tmp_path, **trust)) is type(model.config)
         assert type(AutoModelForCausalLM.from_pretrained(tmp_path, **trust)) is TesseraForCausalLM
         assert AutoTokenizer.from_pretrained(tmp_path, **trust)("A").input_ids == [65]
+
+
+def test_the_package_registers_what_the_auto_map_names(tmp_path):
+    for auto, kind in auto_map.AUTO_CLASSES.items():
+        if auto != "AutoConfig":
+            assert getattr(transformers, auto)._model_mapping[TesseraConfig] is kind
+    assert transformers.AutoConfig.for_model("tessera").__class__ is auto_map.AUTO_CLASSES["AutoConfig"]
 
 
 def test_a_class_of_ones_own_stays_in_the_auto_map():
