@@ -28,6 +28,7 @@ STRANGER = """
 import sys
 sys.modules["tessera"] = None
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 name, revision, remote, folder = sys.argv[1:]
@@ -39,6 +40,9 @@ with torch.no_grad():
     out = {"ids": ids, "logits": model(ids, use_cache=False).logits.float().contiguous()}
 save_file(out, folder + "/out.safetensors")
 print(type(model).__module__)
+if revision == "main":
+    card = open(hf_hub_download(name, "README.md"), encoding="utf-8").read()
+    exec(card.split("```python")[1].split("```")[0].replace("print(", "repr("))
 """
 
 
@@ -235,16 +239,22 @@ def test_a_hub_that_cannot_take_it_gets_one_sentence(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ({"status": 500}, "the Hub refused someone/half"),
+        ({"after": 1000}, "the Hub at http.* cannot be reached"),
+    ],
+)
 def test_a_hub_that_fails_in_the_middle_has_nothing_of_it_and_the_next_push_all(
-    in_process, tmp_path, monkeypatch
+    how, reason, in_process, tmp_path, monkeypatch
 ):
     tiny_model("llama-tiny").save_pretrained(tmp_path)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     send = partial(pushing._upload, tmp_path, "someone/half", False, None, "at once")
-    in_process.break_next("PUT", "/lfs/", status=500, times=6)
-    sentence = (
-        "uploading 'model.safetensors' to the Hub, and nothing was changed there: the Hub refused someone/"
-    )
+    HfApi(endpoint=in_process.url, token=TOKEN).delete_repo("someone/half", missing_ok=True)
+    in_process.break_next("PUT", "/lfs/", times=6, **how)
+    sentence = f"uploading 'model.safetensors' to the Hub, and nothing was changed there: {reason}"
     with pytest.raises(ValueError, match=sentence) as caught:
         send()
     assert "\n" not in str(caught.value)
