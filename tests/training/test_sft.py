@@ -235,7 +235,7 @@ def test_padding_of_the_vocabulary_takes_no_probability(tmp_path, monkeypatch):
 def test_no_file_of_a_run_is_a_pickle(tmp_path):
     result = sft(arguments(tmp_path, chat_model(tmp_path / "base"), checkpoint_minutes=1e-9, lora=True))
     suffixes = {path.suffix for path in result.folder.rglob("*") if path.is_file()}
-    assert suffixes <= {".safetensors", ".json", ".jsonl", ".jinja", ".txt", ".png", ".yaml", ".md"}
+    assert suffixes <= {".safetensors", ".json", ".jsonl", ".jinja", ".txt", ".png", ".yaml", ".md", ".py"}
 
 
 def test_a_base_model_on_bytes_learns_to_chat(tmp_path):
