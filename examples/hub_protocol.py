@@ -127,21 +127,23 @@ class Handler(BaseHTTPRequestHandler):
 
     def _find(self, kind: str, name: str, *, content: bool = False, write: bool = False) -> Repository:
         """A repository of which the caller may see that it is there, read the files, or change it."""
-        asking = self.account.name if self.account else None
         try:
             repository = self.hub.find(kind, name)
-            if repository.about["private"] and asking != repository.owner:
+            if repository.about["private"] and not self._owns(repository):
                 raise Refused(404, "Repository not found", "RepoNotFound")
         except Refused as error:
-            error.status = 404 if asking else 401
+            error.status = 404 if self.account else 401
             raise
-        if asking == repository.owner:
+        if self._owns(repository):
             return repository
         if content and repository.about["gated"]:
-            raise Refused(403 if asking else 401, f"Access to {name} is restricted", "GatedRepo")
+            raise Refused(403 if self.account else 401, f"Access to {name} is restricted", "GatedRepo")
         if write:
-            raise Refused(403, f"Forbidden: {asking} may not write to {name}; open a pull request")
+            raise Refused(403, f"Forbidden: {self.account.name} may not write to {name}; open a pull request")
         return repository
+
+    def _owns(self, repository: Repository) -> bool:
+        return self.account is not None and self.account.owns(repository.owner)
 
     # ---- bodies ----
 
@@ -231,7 +233,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(401, "Invalid username or password.")
         token = {"displayName": "local", "role": "write" if self.account.may_write else "read"}
         name = self.account.name
-        self._reply({"type": "user", "id": name, "name": name, "orgs": [], "auth": {"accessToken": token}})
+        orgs = [{"type": "org", "id": org, "name": org} for org in self.account.organisations or ()]
+        self._reply({"type": "user", "id": name, "name": name, "orgs": orgs, "auth": {"accessToken": token}})
 
     def _validate_yaml(self) -> None:
         self._reply({"errors": [], "warnings": []})
@@ -240,7 +243,7 @@ class Handler(BaseHTTPRequestHandler):
         given = self._json()
         kind = f"{given.get('type') or 'model'}s"
         owner = given.get("organization") or self.account.name
-        if owner != self.account.name:
+        if not self.account.owns(owner):
             raise Refused(403, f'You don\'t have the rights to create a {kind[:-1]} under "{owner}"')
         private = given.get("private") or given.get("visibility") == "private"
         repository = self.hub.create(kind, f"{owner}/{given['name']}", bool(private))
@@ -257,11 +260,10 @@ class Handler(BaseHTTPRequestHandler):
         self._reply({})
 
     def _list(self, kind: str) -> None:
-        asking = self.account.name if self.account else None
         rows = []
         for path in sorted((self.hub.root / kind).glob("*/*/repository.json")):
             repository = self.hub.find(kind, "/".join(path.parts[-3:-1]))
-            if repository.about["private"] and asking != repository.owner:
+            if repository.about["private"] and not self._owns(repository):
                 continue
             wanted = self.query.get("author", repository.owner), self.query.get("search", "").lower()
             if wanted[0] == repository.owner and wanted[1] in repository.name.lower():

@@ -34,10 +34,21 @@ TOKEN = "hf_local"
 
 @dataclass(frozen=True)
 class Account:
-    """Whose a token is, and whether it may write."""
+    """Whose a token is, and what it may do.
+
+    Attributes:
+        name: of the user.
+        may_write: no for a token that only reads.
+        organisations: whose repositories are the user's as well; None: everybody's.
+    """
 
     name: str
     may_write: bool = True
+    organisations: tuple[str, ...] | None = ()
+
+    def owns(self, owner: str) -> bool:
+        """Whether what belongs to `owner` is this user's."""
+        return owner == self.name or self.organisations is None or owner in self.organisations
 
 
 @dataclass
@@ -57,7 +68,7 @@ class LocalHub:
     Args:
         root: folder of the repositories; what an earlier hub left there is served again.
         port: 0 takes a free one.
-        accounts: token -> account; `hf_local` of `someone` if not given.
+        accounts: token -> account; if not given, `hf_local` of `someone` who may do everything.
 
     Attributes:
         requests: (method, path with query, range asked for) of every request so far.
@@ -66,7 +77,7 @@ class LocalHub:
     def __init__(self, root: str | Path, port: int = 0, accounts: dict[str, Account] | None = None):
         self.root = Path(root).absolute()
         self.root.mkdir(parents=True, exist_ok=True)
-        self.accounts = accounts or {TOKEN: Account("someone")}
+        self.accounts = accounts or {TOKEN: Account("someone", organisations=None)}
         self.requests: list[tuple[str, str, str]] = []
         self.lock = threading.RLock()
         self._breaks: list[Break] = []

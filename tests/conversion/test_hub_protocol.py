@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from local_hub import TOKEN, Account, LocalHub
 
 ACCOUNTS = {
-    TOKEN: Account("someone"),
+    TOKEN: Account("someone", organisations=("a-lab",)),
     "hf_reader": Account("someone", may_write=False),
     "hf_other": Account("other"),
 }
@@ -197,6 +197,8 @@ def test_each_token_may_do_what_it_may(client, repo, tmp_path):
     ):
         with pytest.raises(error, match=words):
             call()
+    assert ours.create_repo("a-lab/shared").repo_id == "a-lab/shared"
+    assert [lab["name"] for lab in ours.whoami()["orgs"]] == ["a-lab"]
     ours.delete_repo(private)
     assert not ours.repo_exists(private)
 
