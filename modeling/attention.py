@@ -73,7 +73,7 @@ class _Attention(nn.Module):
         self.is_causal = True
         self.num_heads = config.num_attention_heads
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        slides = config.layer_types[layer_idx] == "sliding_attention"
+        slides = config.attention_kind(layer_idx) == "sliding_attention"
         self.sliding_window = config.sliding_window if slides else None
         self.softcap = config.attn_logit_softcapping
 

@@ -42,6 +42,8 @@ _LIBRARY_KWARGS = {
     "use_bfloat16",
 }
 
+_MTP_PATTERNS = {"mtp_layer_types": ATTENTION_LETTERS, "mtp_mlp_layer_types": FEED_FORWARD_LETTERS}
+
 _LATENT_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 # What an unset field becomes when the configuration is built, and a model cannot be built without.
@@ -110,6 +112,16 @@ class TesseraConfig(PreTrainedConfig):
         norm_topk_prob (`bool`), routed_scaling_factor (`float`): normalise the chosen scores; scale them.
         router_correction_bias (`bool`): a bias on the scores that only the choice sees (DeepSeek-V3).
         router_aux_loss_coef (`float`), output_router_logits (`bool`): weight of the load-balancing loss.
+        router_bias_update_speed (`float`): what `router_correction_bias` moves by after each optimizer step,
+            towards an even load (DeepSeek-V3, section 2.1.2; 0.001 there). 0 leaves it alone.
+        num_mtp_layers (`int`): layers after the last one that predict further tokens (DeepSeek-V3, section
+            2.2); `num_nextn_predict_layers` is another name. A checkpoint has them; `generate(use_mtp=True)`
+            drafts with them.
+        mtp_layer_types, mtp_mlp_layer_types (`list[str]` or letters, *optional*): their kinds, as in
+            `layer_types` and `mlp_layer_types`; default: those of the last layer.
+        train_mtp (`bool`): hold these layers in memory and train them. Never saved as True: who loads the
+            model to go on training says so again.
+        mtp_loss_coef (`float`): weight of the mean of their losses (DeepSeek-V3: 0.3, later 0.1).
         value_embedding_interval (`int`, *optional*), value_gate_channels (`int`): every n-th layer, counted
             back from the last, adds a gated embedding of the token to its values (nanochat).
         residual_scalars (`bool`): each layer starts from `r * x + z * x0`, with `x0` the embedded token
@@ -131,8 +143,13 @@ class TesseraConfig(PreTrainedConfig):
 
     model_type = "tessera"
     keys_to_ignore_at_inference = ["past_key_values"]
-    # The names under which transformers and TRL look for the number of experts.
-    attribute_map = {"num_experts": "n_routed_experts", "num_local_experts": "n_routed_experts"}
+    # The names under which transformers and TRL look for the number of experts, and DeepSeek's for the layers
+    # that predict further ahead.
+    attribute_map = {
+        "num_experts": "n_routed_experts",
+        "num_local_experts": "n_routed_experts",
+        "num_nextn_predict_layers": "num_mtp_layers",
+    }
 
     vocab_size: int = 256
     padded_vocab_size: int | None = None
@@ -189,6 +206,13 @@ class TesseraConfig(PreTrainedConfig):
     router_correction_bias: bool = False
     router_aux_loss_coef: float | int = 0.0
     output_router_logits: bool = False
+    router_bias_update_speed: float | int = 0.0
+
+    num_mtp_layers: int = 0
+    mtp_layer_types: list[str] | str | None = None
+    mtp_mlp_layer_types: list[str] | str | None = None
+    train_mtp: bool = False
+    mtp_loss_coef: float | int = 0.3
 
     value_embedding_interval: int | None = None
     value_gate_channels: int = 12
@@ -229,6 +253,9 @@ class TesseraConfig(PreTrainedConfig):
         self.mlp_layer_types = _expand_pattern(
             "mlp_layer_types", self.mlp_layer_types, FEED_FORWARD_LETTERS, self.num_hidden_layers
         )
+        for name, letters in _MTP_PATTERNS.items():
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, _expand_pattern(name, getattr(self, name), letters, self.num_mtp_layers))
         # Without experts a coefficient would make TRL look for router logits that do not exist.
         if not self.n_routed_experts:
             self.router_aux_loss_coef = 0.0
@@ -273,8 +300,37 @@ class TesseraConfig(PreTrainedConfig):
 
     def has_value_embedding(self, layer_idx: int) -> bool:
         """Whether a layer adds value embeddings: every n-th layer, counted back from the last."""
-        interval = self.value_embedding_interval
-        return interval is not None and (self.num_hidden_layers - 1 - layer_idx) % interval == 0
+        interval, before_last = self.value_embedding_interval, self.num_hidden_layers - 1 - layer_idx
+        return interval is not None and before_last >= 0 and before_last % interval == 0
+
+    def attention_kind(self, layer_idx: int) -> str:
+        """`full_attention` or `sliding_attention`; layers past the last one predict further tokens."""
+        return self._kind(layer_idx, self.layer_types, self.mtp_layer_types)
+
+    def feed_forward_kind(self, layer_idx: int) -> str:
+        """`dense` or `sparse`; layers past the last one predict further tokens."""
+        return self._kind(layer_idx, self.mlp_layer_types, self.mtp_mlp_layer_types)
+
+    def _kind(self, layer_idx: int, kinds: list[str], ahead: list[str] | None) -> str:
+        if layer_idx < self.num_hidden_layers:
+            return kinds[layer_idx]
+        return kinds[-1] if ahead is None else ahead[layer_idx - self.num_hidden_layers]
+
+    def get_mtp_config(self) -> "TesseraConfig":
+        """The configuration of the layers that predict further tokens, counted from 0: for transformers.
+
+        They are plain layers: without nanochat's value embeddings and residual scalars.
+        """
+        ahead = range(self.num_hidden_layers, self.num_hidden_layers + self.num_mtp_layers)
+        config = copy.deepcopy(self)
+        config.layer_types = [self.attention_kind(i) for i in ahead]
+        config.mlp_layer_types = [self.feed_forward_kind(i) for i in ahead]
+        config.num_hidden_layers = self.num_mtp_layers
+        config.value_embedding_interval = None
+        config.residual_scalars = config.smear = config.backout = False
+        # Where transformers cuts the rows of the head that are no tokens.
+        config.unpadded_vocab_size = self.vocab_size
+        return config
 
     # ---- what cannot work ----
 
@@ -328,12 +384,17 @@ class TesseraConfig(PreTrainedConfig):
             "value_embedding_interval",
         ):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1 or null")
-        for name in ("n_routed_experts", "n_shared_experts", "num_experts_per_tok"):
+        for name in ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "num_mtp_layers"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for f in fields(self):
             if type(value := getattr(self, f.name)) is int:
                 self._require(f.name, value <= _LARGEST_SIZE, f"at most {_LARGEST_SIZE}")
-        for name in ("router_aux_loss_coef", "initializer_range"):
+        for name in (
+            "router_aux_loss_coef",
+            "router_bias_update_speed",
+            "mtp_loss_coef",
+            "initializer_range",
+        ):
             self._require(name, 0 <= getattr(self, name) < math.inf, "a number of at least 0")
         for name in ("rms_norm_eps", "qk_norm_scale", "routed_scaling_factor"):
             self._require(name, 0 < getattr(self, name) < math.inf, "a positive number")
@@ -396,6 +457,7 @@ class TesseraConfig(PreTrainedConfig):
         self._validate_attention()
         self._validate_positions()
         self._validate_experts()
+        self._validate_predictions_ahead()
         self._validate_nanochat_tiles()
         if self.padded_vocab_size < self.vocab_size:
             raise ValueError(
@@ -466,7 +528,28 @@ class TesseraConfig(PreTrainedConfig):
         if self.qk_norm_scale != 1.0 and self.qk_norm is None:
             raise ValueError(f"qk_norm_scale={self.qk_norm_scale} has no effect without qk_norm")
 
+    def _validate_predictions_ahead(self) -> None:
+        if self.train_mtp and not self.num_mtp_layers:
+            raise ValueError("train_mtp=True needs num_mtp_layers, the layers that predict further tokens")
+        for name in _MTP_PATTERNS:
+            given = getattr(self, name)
+            if given is None:
+                continue
+            if isinstance(given, str) or len(given) != self.num_mtp_layers:
+                raise ValueError(f"{name} must list num_mtp_layers={self.num_mtp_layers} layers, got {given}")
+            main = name.removeprefix("mtp_")
+            if strange := sorted(set(given) - set(getattr(self, main))):
+                raise ValueError(
+                    f"{name} has {', '.join(strange)}, which no layer of {main} is: these layers share the "
+                    "masks and the sizes of the others"
+                )
+
     def _validate_experts(self) -> None:
+        if self.router_bias_update_speed and not self.router_correction_bias:
+            raise ValueError(
+                f"router_bias_update_speed={self.router_bias_update_speed} moves a bias that only "
+                "router_correction_bias=True gives"
+            )
         sparse = "sparse" in self.mlp_layer_types
         if sparse and not self.n_routed_experts:
             raise ValueError("mlp_layer_types has sparse layers, but n_routed_experts is 0")

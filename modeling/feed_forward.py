@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.utils.generic import maybe_autocast
 
+from .balancing import LoadTally
 from .configuration_tessera import TesseraConfig
 
 
@@ -39,7 +40,7 @@ class TesseraMLP(nn.Module):
         return self.down_proj(hidden)
 
 
-class TesseraRouter(nn.Module):
+class TesseraRouter(LoadTally):
     """Scores the experts for each token and chooses K of them (DeepSeek-V2 section 2.2, DeepSeek-V3 section
     2.1.2).
 
@@ -48,6 +49,7 @@ class TesseraRouter(nn.Module):
 
     def __init__(self, config: TesseraConfig):
         super().__init__()
+        self.config = config
         self.num_experts = config.n_routed_experts
         self.top_k = config.num_experts_per_tok
         self.scoring_func = config.scoring_func
@@ -57,13 +59,20 @@ class TesseraRouter(nn.Module):
         self.weight = nn.Parameter(torch.zeros(self.num_experts, config.hidden_size))
         bias = torch.zeros(self.num_experts, dtype=torch.float32) if config.router_correction_bias else None
         self.e_score_correction_bias = None if bias is None else nn.Buffer(bias)
+        self.start_tally()
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Tokens [N, C] -> logits [N, E], weights [N, K] and indices [N, K] of the chosen experts."""
+    def forward(
+        self, x: torch.Tensor, token_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens [N, C] -> logits [N, E], weights [N, K] and indices [N, K] of the chosen experts.
+
+        `token_mask`, zero on padding, is for the count of their loads.
+        """
         with maybe_autocast(device_type=x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())
             scores = self.scores(logits)
             indices = self.choose(scores)
+            self.count(logits, indices, token_mask)
             weights = scores.gather(1, indices)
             if self.norm_topk_prob:
                 weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -159,10 +168,15 @@ class TesseraMoE(nn.Module):
         shared_width = config.n_shared_experts * config.moe_intermediate_size
         self.shared_experts = TesseraMLP(config, shared_width) if shared_width else None
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [B, T, C] -> [B, T, C], and the router's logits [B T, E]."""
+    def forward(
+        self, x: torch.Tensor, token_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states [B, T, C] -> [B, T, C], and the router's logits [B T, E].
+
+        `token_mask` [B, T], zero on padding, is for the count of the experts' loads.
+        """
         tokens = x.reshape(-1, x.shape[-1])
-        logits, weights, indices = self.gate(tokens)
+        logits, weights, indices = self.gate(tokens, token_mask=token_mask)
         out = self.experts(tokens, indices, weights).view_as(x)
         return out if self.shared_experts is None else out + self.shared_experts(x), logits
 

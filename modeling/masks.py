@@ -95,7 +95,7 @@ def make_masks(
         starts = (position_ids.expand_as(attention_mask) == 0) & (attention_mask != 0)
         arguments["and_mask_function"] = packed_sequence_mask_function(starts.cumsum(-1))
     elif softcap_by_hand:
-        arguments["and_mask_function"] = _everything
+        arguments["and_mask_function"] = everything
     return masks | {kind: _MASKS[kind](**arguments) for kind in kinds - masks.keys()}
 
 
@@ -135,6 +135,6 @@ def _is_empty(cache: Cache) -> bool:
     return not cache.is_compileable and cache.get_seq_length() == 0
 
 
-def _everything(*_) -> torch.Tensor:
+def everything(*_) -> torch.Tensor:
     """A mask function that hides nothing; given one, the library always makes the mask."""
     return torch.ones((), dtype=torch.bool)

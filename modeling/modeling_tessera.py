@@ -5,6 +5,9 @@ in `layers.py`, `attention.py` and `feed_forward.py`; starting weights are in `w
 here: how the parts are joined, and the contract with transformers (masks, caches, recorded outputs, loss).
 """
 
+import os
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -25,12 +28,15 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import TesseraAttention, TesseraLatentAttention
+from .balancing import router_statistics
 from .configuration_tessera import TesseraConfig
 from .decoding import can_capture, sample_captured
-from .feed_forward import TesseraMLP, TesseraMoE, TesseraRouter, load_balancing_loss
+from .feed_forward import TesseraMLP, TesseraMoE, load_balancing_loss
+from .fused_head import takes_fused_head, with_own_terms
 from .layers import TesseraRotaryEmbedding, TesseraSmear, make_norm
 from .loss import linear_cross_entropy
 from .masks import make_masks
+from .multi_token import TesseraDrafts, hidden_ahead, targets_ahead, targets_of
 from .weight_init import BACKOUT_START, initialize, residual_scalar_start
 
 
@@ -43,11 +49,12 @@ class TesseraDecoderLayer(GradientCheckpointingLayer):
         self.resid_pdrop = config.resid_pdrop
         attention = TesseraLatentAttention if config.attention_type == "latent" else TesseraAttention
         self.self_attn = attention(config, layer_idx)
-        self.mlp = TesseraMoE(config) if config.mlp_layer_types[layer_idx] == "sparse" else TesseraMLP(config)
+        self.is_sparse = config.feed_forward_kind(layer_idx) == "sparse"
+        self.mlp = TesseraMoE(config) if self.is_sparse else TesseraMLP(config)
         self.input_layernorm = make_norm(config)
         self.post_attention_layernorm = make_norm(config)
         self.residual_scale = self.embedding_scale = None
-        if config.residual_scalars:
+        if config.residual_scalars and layer_idx < config.num_hidden_layers:
             self.residual_scale = nn.Parameter(torch.ones(1))
             self.embedding_scale = nn.Parameter(torch.zeros(1))
 
@@ -62,11 +69,13 @@ class TesseraDecoderLayer(GradientCheckpointingLayer):
         embedded: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
         output_router_logits: bool = False,
+        token_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
-        """Hidden states [B, T, C] -> [B, T, C]; `embedded` [B, T, C] is what entered the first layer.
+        """Hidden states [B, T, C] -> [B, T, C].
 
-        With `output_router_logits` also the logits [B T, E] of its router, None in a dense layer.
+        `embedded` [B, T, C] is what entered the first layer; `token_mask` [B, T] is zero on padding. With
+        `output_router_logits` also the logits [B T, E] of its router, None in a dense layer.
         """
         if self.residual_scale is not None:
             hidden_states = self.residual_scale * hidden_states + self.embedding_scale * embedded
@@ -80,11 +89,48 @@ class TesseraDecoderLayer(GradientCheckpointingLayer):
             **kwargs,
         )
         hidden_states = hidden_states + F.dropout(branch, p=self.resid_pdrop, training=self.training)
-        branch, router_logits = self.mlp(self.post_attention_layernorm(hidden_states)), None
-        if isinstance(branch, tuple):
-            branch, router_logits = branch
+        normed, router_logits = self.post_attention_layernorm(hidden_states), None
+        if self.is_sparse:
+            branch, router_logits = self.mlp(normed, token_mask)
+        else:
+            branch = self.mlp(normed)
         hidden_states = hidden_states + F.dropout(branch, p=self.resid_pdrop, training=self.training)
         return (hidden_states, router_logits) if output_router_logits else hidden_states
+
+
+class TesseraMTPLayer(TesseraDecoderLayer):
+    """A layer that predicts one token further than what stands before it (DeepSeek-V3, equations 21 to 23).
+
+    Its names are DeepSeek's. The norms are those that transformers makes when it drafts with such a layer,
+    always with weights.
+    """
+
+    def __init__(self, config: TesseraConfig, depth: int):
+        super().__init__(config, config.num_hidden_layers + depth)
+        self.attention_kind = config.attention_kind(self.layer_idx)
+        # Its place in the cache of the drafts.
+        self.self_attn.layer_idx = depth
+        norm = next(type(module) for name, module in self.named_modules() if "norm" in name)
+        self.enorm = norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hnorm = norm(config.hidden_size, eps=config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.shared_head = nn.ModuleDict({"norm": norm(config.hidden_size, eps=config.rms_norm_eps)})
+
+    def forward(
+        self, embeds: torch.Tensor, previous: torch.Tensor, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Embeddings [B, T, C] of the tokens ahead and normed hidden states [B, T, C] of the layer before ->
+        normed hidden states [B, T, C], and the router's logits in a sparse layer."""
+        joined = self.eh_proj(torch.cat([self.enorm(embeds), self.hnorm(previous)], dim=-1))
+        hidden_states, router_logits = super().forward(joined, output_router_logits=True, **kwargs)
+        return self.shared_head["norm"](hidden_states), router_logits
+
+
+@dataclass
+class TesseraModelOutput(MoeModelOutputWithPast):
+    """The library's output, and what multi-token prediction goes on from (`hidden_ahead`), if asked for."""
+
+    mtp_inputs: dict | None = None
 
 
 class TesseraPreTrainedModel(PreTrainedModel):
@@ -93,7 +139,7 @@ class TesseraPreTrainedModel(PreTrainedModel):
     config: TesseraConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TesseraDecoderLayer"]
+    _no_split_modules = ["TesseraDecoderLayer", "TesseraMTPLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -108,6 +154,13 @@ class TesseraPreTrainedModel(PreTrainedModel):
             OutputRecorder(TesseraLatentAttention, index=1),
         ],
     }
+
+    def __init__(self, config: TesseraConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        # Layers that predict further tokens are in the checkpoint, wanted or not; transformers finds them by
+        # these patterns.
+        ahead = range(config.num_hidden_layers, config.num_hidden_layers + config.num_mtp_layers)
+        self._keys_to_ignore_on_load_unexpected = [rf"layers\.{i}\." for i in ahead]
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -124,6 +177,24 @@ class TesseraPreTrainedModel(PreTrainedModel):
             init.constant_(module.embedding_scale, embedding)
         elif isinstance(module, TesseraModel) and module.backout_scale is not None:
             init.constant_(module.backout_scale, BACKOUT_START)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """Saves the model; see the base class for the arguments.
+
+        The configuration that is written claims no layers for multi-token prediction that the model does not
+        hold, and asks nobody to train them.
+        """
+        config = self.config
+        fields = ("train_mtp", "num_mtp_layers", "mtp_layer_types", "mtp_mlp_layer_types")
+        before = {name: getattr(config, name) for name in fields}
+        config.train_mtp = False
+        if len(self.base_model.layers) == config.num_hidden_layers:
+            config.num_mtp_layers, config.mtp_layer_types, config.mtp_mlp_layer_types = 0, None, None
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            for name, value in before.items():
+                setattr(config, name, value)
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         """Resizes the embedding, the head and the value embeddings; see the base class for the arguments."""
@@ -169,8 +240,9 @@ class TesseraModel(TesseraPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
+        keep_mtp_inputs: bool = False,
         **kwargs,
-    ) -> MoeModelOutputWithPast:
+    ) -> TesseraModelOutput:
         """Runs the decoder.
 
         Args:
@@ -185,6 +257,7 @@ class TesseraModel(TesseraPreTrainedModel):
             use_cache: whether to return a cache.
             output_router_logits: whether to return the logits [B T, E] of each router, which a compiler can
                 trace here, as it cannot the library's recording.
+            keep_mtp_inputs: return what the layers for multi-token prediction go on from, as `mtp_inputs`.
 
         Raises:
             ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, if value embeddings
@@ -221,6 +294,9 @@ class TesseraModel(TesseraPreTrainedModel):
             x = self.smear(x, positions, past_key_values)
         position_embeddings = None if self.rotary_emb is None else self.rotary_emb(x, positions)
 
+        # What training counts of the experts' loads is not to be padding's.
+        padded = self.training and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+        token_mask = attention_mask[:, -x.shape[1] :] if padded else None
         embedded, middle, router_logits = x, None, ()
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             x = layer(
@@ -233,6 +309,7 @@ class TesseraModel(TesseraPreTrainedModel):
                 embedded=embedded,
                 input_ids=input_ids,
                 output_router_logits=output_router_logits,
+                token_mask=token_mask,
                 **kwargs,
             )
             if output_router_logits:
@@ -242,10 +319,21 @@ class TesseraModel(TesseraPreTrainedModel):
                 middle = x
         if self.backout_scale is not None:
             x = x - self.backout_scale * middle
-        return MoeModelOutputWithPast(
+        mtp_inputs = None
+        if keep_mtp_inputs:
+            mtp_inputs = {
+                "embeds": inputs_embeds,
+                "masks": masks,
+                "position_ids": positions,
+                "position_embeddings": position_embeddings,
+                "token_mask": token_mask,
+                **kwargs,
+            }
+        return TesseraModelOutput(
             last_hidden_state=self.norm(x),
             past_key_values=past_key_values,
             router_logits=router_logits if output_router_logits else None,
+            mtp_inputs=mtp_inputs,
         )
 
     def _count_positions(
@@ -277,7 +365,29 @@ class TesseraForCausalLM(TesseraPreTrainedModel, GenerationMixin):
         self.model = TesseraModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         self.lm_head.init_role = "head"
+        if config.train_mtp:
+            self.model.layers.extend(TesseraMTPLayer(config, depth) for depth in range(config.num_mtp_layers))
         self.post_init()
+
+    @property
+    def mtp_layers(self) -> nn.ModuleList:
+        """The layers for multi-token prediction that are in memory: all of them or none."""
+        return self.model.layers[self.config.num_hidden_layers :]
+
+    def __setattr__(self, name: str, value) -> None:
+        # Trainers of TRL put a forward of their own in the place of ours.
+        if name == "forward" and takes_fused_head(value):
+            value = with_own_terms(value)
+        super().__setattr__(name, value)
+
+    def _get_candidate_generator(self, generation_config, logits_processor=None, **kwargs):
+        if generation_config.use_mtp and not self.config.num_mtp_layers:
+            raise ValueError("use_mtp=True needs layers for multi-token prediction; num_mtp_layers is 0")
+        if generation_config.use_mtp and len(self.mtp_layers):
+            return TesseraDrafts(self, generation_config, logits_processor)
+        return super()._get_candidate_generator(
+            generation_config=generation_config, logits_processor=logits_processor, **kwargs
+        )
 
     @can_return_tuple
     def forward(
@@ -306,7 +416,8 @@ class TesseraForCausalLM(TesseraPreTrainedModel, GenerationMixin):
 
         Returns:
             `logits` [B, T, vocab_size], and `loss` in nats per token. The load-balancing loss (`aux_loss`) is
-            part of `loss` while training, or wherever router logits are asked for.
+            part of `loss` while training, or wherever router logits are asked for; that of multi-token
+            prediction while training, if its layers are in memory.
 
         Raises:
             ValueError: if the logits are to be skipped where nothing else is asked for, or cannot be.
@@ -316,6 +427,7 @@ class TesseraForCausalLM(TesseraPreTrainedModel, GenerationMixin):
                 kwargs.setdefault("output_router_logits", True)
             # Training keeps no cache, unless one is asked for.
             use_cache = bool(use_cache)
+        ahead = labels is not None and self.trains_ahead
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -323,6 +435,7 @@ class TesseraForCausalLM(TesseraPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            keep_mtp_inputs=ahead,
             return_dict=True,
             **kwargs,
         )
@@ -343,20 +456,17 @@ class TesseraForCausalLM(TesseraPreTrainedModel, GenerationMixin):
                 loss = self.loss_function(
                     logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
                 )
+        if loss is not None:
+            targets = targets_of(labels, kwargs.get("shift_labels"))
+            counted = kwargs.get("num_items_in_batch")
+        further = ()
+        if ahead:
+            nats, further = self.nats_ahead(outputs, targets)
+            loss = loss + nats.to(loss.device) / ((targets != -100).sum() if counted is None else counted)
         if outputs.router_logits:
-            routers = [module for module in self.model.modules() if isinstance(module, TesseraRouter)]
-            padding = (
-                attention_mask
-                if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
-                else None
-            )
-            if padding is not None:
-                padding = padding[:, -outputs.last_hidden_state.shape[1] :]
-            aux_loss = load_balancing_loss(routers, outputs.router_logits, padding)
+            aux_loss = self.balance_loss(outputs.router_logits + further, attention_mask)
             if loss is not None and self.config.router_aux_loss_coef:
-                shifted = kwargs.get("shift_labels")
-                targets = labels[:, 1:] if shifted is None else shifted
-                share = _share_of_batch(targets, kwargs.get("num_items_in_batch"))
+                share = _share_of_batch(targets, counted)
                 loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
@@ -419,18 +529,74 @@ class TesseraForCausalLM(TesseraPreTrainedModel, GenerationMixin):
             )
         if shift_labels is None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
-        summed = linear_cross_entropy(
-            hidden,
-            self.lm_head.weight[: self.config.vocab_size],
-            shift_labels,
-            self.config.final_logit_softcapping,
-            ignore_index,
-        )
+        summed = self._summed_cross_entropy(hidden, shift_labels, ignore_index)
         if num_items_in_batch is None:
             num_items_in_batch = (shift_labels != ignore_index).sum()
         elif isinstance(num_items_in_batch, torch.Tensor):
             num_items_in_batch = num_items_in_batch.to(summed.device)
         return summed / num_items_in_batch
+
+    def _summed_cross_entropy(
+        self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int = -100
+    ) -> torch.Tensor:
+        """Nats of targets [B, T] for hidden states [B, T, C], without the logits if the head allows it."""
+        vocabulary, cap = self.config.vocab_size, self.config.final_logit_softcapping
+        if self._head_is_plain():
+            return linear_cross_entropy(hidden, self.lm_head.weight[:vocabulary], targets, cap, ignore_index)
+        logits = self.lm_head(hidden)[..., :vocabulary].float()
+        if cap is not None:
+            logits = cap * torch.tanh(logits / cap)
+        targets = targets.flatten().to(logits.device)
+        return F.cross_entropy(logits.flatten(0, -2), targets, ignore_index=ignore_index, reduction="sum")
+
+    @property
+    def trains_ahead(self) -> bool:
+        """Whether the loss has a term of multi-token prediction."""
+        return self.training and len(self.mtp_layers) > 0 and self.config.mtp_loss_coef > 0
+
+    def nats_ahead(
+        self, outputs: TesseraModelOutput, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The loss of multi-token prediction (DeepSeek-V3, equations 24, 25), weighted, summed over tokens.
+
+        Args:
+            outputs: of the decoder, with `mtp_inputs`.
+            targets: the token after each position [B, T], -100 where it does not count.
+
+        Returns:
+            Nats, to be divided by what divides the loss of the model itself, and the logits of the layers'
+            routers.
+        """
+        inputs = dict(outputs.mtp_inputs)
+        states, router_logits = hidden_ahead(
+            self.mtp_layers, hidden_states=outputs.last_hidden_state, **inputs
+        )
+        total = 0.0
+        for depth, hidden in enumerate(states):
+            ahead = targets_ahead(targets, inputs["position_ids"], depth)
+            total = total + self._summed_cross_entropy(hidden, ahead)
+        return self.config.mtp_loss_coef / len(states) * total, router_logits
+
+    def balance_loss(
+        self, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | dict | None
+    ) -> torch.Tensor:
+        """The load-balancing loss of the routers, without its weight.
+
+        Args:
+            router_logits: [B * T, E] of each sparse layer; those for multi-token prediction come last and may
+                be left out.
+            attention_mask: as the model was given it.
+        """
+        routers = [layer.mlp.gate for layer in self.model.layers if layer.is_sparse][: len(router_logits)]
+        padding = None
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            new = router_logits[0].shape[0] // attention_mask.shape[0]
+            padding = attention_mask[:, -new:]
+        return load_balancing_loss(routers, router_logits, padding)
+
+    def router_statistics(self) -> list[dict]:
+        """How evenly the routers spread the tokens of the last step; see `balancing.router_statistics`."""
+        return router_statistics(self)
 
 
 class TesseraForSequenceClassification(GenericForSequenceClassification, TesseraPreTrainedModel):
