@@ -51,7 +51,10 @@ def count_costs(config: TesseraConfig) -> Costs:
             used = stored * config.num_experts_per_tok // config.n_routed_experts
             multiplied += used
             idle += stored - used
-    forward = 2 * multiplied + sum(_attention_flops(config, kind) for kind in config.layer_types)
+    ahead = config.num_mtp_layers if config.train_mtp else 0
+    multiplied += ahead * model.lm_head.weight.numel()
+    kinds = [config.attention_kind(i) for i in range(config.num_hidden_layers + ahead)]
+    forward = 2 * multiplied + sum(_attention_flops(config, kind) for kind in kinds)
     return Costs(total, total - idle, embedding, 3 * forward, _cache_bytes(config))
 
 

@@ -328,7 +328,7 @@ class Run:
                     )
                 if self.step - logged >= args.log_steps or self.step == 1:
                     logged = self.step
-                    self._record(loss=average, grad_norm=norm)
+                    self._record(loss=average, grad_norm=norm, **self._balance())
                 progress = self._progress()
                 rate = self.tokens / max(self.seconds, 1e-9)
                 status = f"loss {average:.3f}, {rate:,.0f} tok/s, step {self.step}"
@@ -423,6 +423,17 @@ class Run:
         record.update({key: round(float(value), 6) for key, value in values.items() if not math.isnan(value)})
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+    def _balance(self) -> dict[str, float]:
+        """How evenly the experts were used in the last step: the worst layer, and the mean entropy."""
+        layers = self.model.router_statistics()
+        if not layers:
+            return {}
+        entropies = [layer["entropy"] for layer in layers]
+        return {
+            "router_max_violation": max(layer["max_violation"] for layer in layers),
+            "router_entropy": sum(entropies) / len(entropies),
+        }
 
     def _trim_metrics(self) -> None:
         """Drops the records of steps that the resumed run will do again."""

@@ -47,4 +47,6 @@ def small_config(config: TesseraConfig) -> TesseraConfig:
     values = config.to_dict()
     for name in ("layer_types", "mlp_layer_types"):
         values[name] = [values[name][0], values[name][-1]]
+    # These layers are then of the kinds of the last one.
+    values |= {"mtp_layer_types": None, "mtp_mlp_layer_types": None}
     return TesseraConfig.from_dict({**values, "num_hidden_layers": LAYERS})
