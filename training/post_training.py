@@ -38,7 +38,7 @@ from tessera.tokenization import add_chat, build_byte_tokenizer
 from .checkpoints import find_checkpoint, newest_verified
 from .curves import read_metrics
 from .held_out import answer
-from .trainer_parts import Journal, leave_out_padding
+from .trainer_parts import Journal
 
 END_OF_TURN = "<|im_end|>"
 DEFAULT_LENGTH = 2048
@@ -127,12 +127,14 @@ class Workshop:
         resume: go on from the newest good checkpoint of `save_path`.
         dropout: whether the model's dropout is used. Where two models are compared it must not be, and TRL's
             own switch finds only modules of that name.
+        ahead: whether layers for multi-token prediction, if the model has some, are trained on. Where the
+            loss is not that of the next token, they have none of their own.
 
     Raises:
         ValueError: for a model, tokenizer or run directory that cannot be used.
     """
 
-    def __init__(self, args: PostTrainingArguments, resume: bool, dropout: bool = True):
+    def __init__(self, args: PostTrainingArguments, resume: bool, dropout: bool = True, ahead: bool = False):
         self.args = args
         self.cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         self.processes = PartialState(cpu=self.cpu)
@@ -146,6 +148,9 @@ class Workshop:
         if not dropout:
             for key in DROPOUTS:
                 setattr(config, key, 0.0)
+        config.train_mtp = ahead and config.num_mtp_layers > 0
+        if config.num_mtp_layers and not ahead:
+            self.say("its layers for multi-token prediction are left out: this does not train them")
         self.model = load_model(self.source, config, dtype=torch.float32)
         self.tokenizer = self._load_chat_tokenizer(self.source)
         self._generation = copy.deepcopy(self.model.generation_config)
@@ -287,7 +292,6 @@ class Workshop:
         journal = Journal(self, trainer, evaluate, describe)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(journal)
-        leave_out_padding(trainer)
         with memory_advice(self.args), quietly():
             before = journal.begin()
             self.say(f"before training: {describe(before)}")

@@ -79,7 +79,8 @@ def sft(args: SFTArguments, resume: bool = False) -> PostTrainingResult:
         ValueError: for what cannot work: in the arguments, model, tokenizer or data, or a device's memory.
         FloatingPointError: if the loss is no longer a number.
     """
-    shop = Workshop(args, resume)
+    # Adapters are for the model as others load it, without these layers.
+    shop = Workshop(args, resume, ahead=not args.lora)
     train, held_out = _read(args)
     shop.say(_preview(shop.tokenizer, held_out[0], shop.length))
     rows = Rows(shop.tokenizer, shop.length)

@@ -1,4 +1,4 @@
-"""What a TRL trainer lacks for a Tessera run: plain checkpoints, a journal, a head without padding.
+"""What a TRL trainer lacks for a Tessera run: plain checkpoints and a journal.
 
 - Checkpoints are those of `checkpoints.py`, safetensors and JSON, written aside and renamed into place. The
   Trainer's own are pickles and lie half-written where a run is killed.
@@ -15,14 +15,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
-
-from tessera.modeling.modeling_tessera import TesseraForCausalLM
 
 from .checkpoints import restore_optimizer, restore_random, save_checkpoint
 from .curves import read_metrics
@@ -174,18 +171,3 @@ class Journal(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Closes the bar."""
         self.bar.close()
-
-
-def leave_out_padding(trainer: Trainer) -> None:
-    """Keeps rows of the head past the vocabulary out of TRL's log-probabilities, as our forward does.
-
-    TRL multiplies by the weight of `get_output_embeddings()`, all of it; the rows that only pad the table are
-    no tokens, and would take probability.
-    """
-    for model in filter(None, (trainer.model, getattr(trainer, "ref_model", None))):
-        model = trainer.accelerator.unwrap_model(model)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if isinstance(model, TesseraForCausalLM) and model.config.padded_vocab_size > model.config.vocab_size:
-            model.get_output_embeddings = lambda model=model: SimpleNamespace(
-                weight=model.lm_head.weight[: model.config.vocab_size], bias=None
-            )

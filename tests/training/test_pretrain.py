@@ -1,6 +1,7 @@
 """Training runs, tiny and whole: what they learn, what they leave, how they stop, resume and refuse."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -261,6 +262,36 @@ def test_a_killed_and_resumed_run_ends_in_the_same_bits(preset, optimizer, tmp_p
     assert_same_bits(resumed.final, whole.final)
     assert resumed.after == whole.after
     assert [record["step"] for record in records(run, "val_loss")] == [0, 5, 8]
+
+
+def test_a_resumed_run_has_the_biases_and_the_layers_ahead_of_one_that_was_not_stopped(tmp_path, monkeypatch):
+    fields = {
+        "scoring_func": "sigmoid",
+        "router_correction_bias": True,
+        "router_bias_update_speed": 0.01,
+        "num_mtp_layers": 1,
+        "train_mtp": True,
+    }
+    given = {"steps": 4, "checkpoint_minutes": 1e-9, "log_steps": 1, "accumulation": 2}
+    for folder in ("whole", "cut"):
+        (tmp_path / folder).mkdir()
+    config = write_config(tmp_path, "bytegpt-tiny", **fields)
+    whole = tiny_run(tmp_path / "whole", config=config, **given)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(patch, 3)
+        tiny_run(tmp_path / "cut", config=config, **given)
+    resumed = tiny_run(tmp_path / "cut", config=config, resume=True, **given)
+    assert_same_bits(resumed.final, whole.final)
+    final = weights(whole.final)
+    for layer in (1, 2):
+        bias = final[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"]
+        moves = (bias / 0.01).round()
+        assert torch.allclose(bias, 0.01 * moves) and 0 < moves.abs().max() <= 4
+    measured = records(whole.folder, "router_max_violation")
+    assert [record["step"] for record in measured] == [1, 2, 3, 4]
+    # Two of four experts: an even load would be 0, and one expert cannot have more than half.
+    assert all(0 <= record["router_max_violation"] <= 1 for record in measured)
+    assert all(0 < record["router_entropy"] <= math.log(4) for record in measured)
 
 
 def test_a_broken_checkpoint_is_passed_over_with_a_sentence(tmp_path, monkeypatch, capsys):

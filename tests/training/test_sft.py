@@ -218,6 +218,18 @@ def test_the_configuration_comes_through_training_unchanged(preset, tmp_path):
     assert after == before
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_layers_that_predict_ahead_are_trained_on_or_dropped_with_a_sentence(lora, tmp_path, capsys):
+    base = chat_model(tmp_path / "base", num_mtp_layers=1, train_mtp=True)
+    final = sft(arguments(tmp_path, base, lora=lora)).final
+    config = json.loads((final / "config.json").read_text())
+    before, after = ({n: t for n, t in weights(path).items() if "layers.2." in n} for path in (base, final))
+    assert config["train_mtp"] is False and config["num_mtp_layers"] == (0 if lora else 1)
+    assert ("are left out" in capsys.readouterr().out) == lora
+    assert after.keys() == (set() if lora else before.keys())
+    assert all(not torch.equal(before[name], after[name]) for name in after)
+
+
 def test_padding_of_the_vocabulary_takes_no_probability(tmp_path, monkeypatch):
     base = chat_model(tmp_path / "base", padded_vocab_size=448)
     model = AutoModelForCausalLM.from_pretrained(base)
