@@ -33,6 +33,14 @@ def masked_softmax(
     return scores.softmax(-1, dtype=torch.float32)
 
 
+def causal_order(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The mask [T, S] that no mask stands for: plain causal order from the first position.
+
+    A static cache may be longer than the prompt; what follows it is not seen.
+    """
+    return torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device).tril()
+
+
 def eager_attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -49,7 +57,7 @@ def eager_attention_forward(
     Args:
         module: for `num_key_value_groups` and `training`.
         query, key, value: [B, H, T, D], [B, H_kv, S, D], [B, H_kv, S, D_v].
-        attention_mask: [B, 1, T, S], bool or additive; None only where every query sees every key.
+        attention_mask: [B, 1, T, S], bool or additive; None is plain causal order (see `causal_order`).
 
     Returns:
         Output [B, T, H, D_v] and probabilities [B, H, T, S].
@@ -57,6 +65,8 @@ def eager_attention_forward(
     groups = module.num_key_value_groups
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if attention_mask is None and query.shape[2] > 1:
+        attention_mask = causal_order(query, key)
     scores = query @ key.transpose(2, 3) * scaling
     probabilities = masked_softmax(scores, attention_mask, softcap).to(query.dtype)
     probabilities = F.dropout(probabilities, p=dropout, training=module.training)
@@ -274,11 +284,9 @@ class TesseraLatentAttention(_Attention):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         expand = self.kv_b_proj.weight.view(self.num_heads, self.nope_dim + self.v_dim, self.rank)
         expand_key, expand_value = expand.split([self.nope_dim, self.v_dim], dim=1)  # [H, D, R]
-        new, seen = q_nope.shape[2], latent.shape[2]
+        new = q_nope.shape[2]
         if attention_mask is None and new > 1:
-            # No mask means plain causal order from the first position; a static cache may be longer than the
-            # prompt.
-            attention_mask = torch.ones(new, seen, dtype=torch.bool, device=latent.device).tril()
+            attention_mask = causal_order(q_nope, latent)
         latent = latent.squeeze(1)  # [B, S, R]
         # All heads look at one key: their queries form the rows of one product, [B, H T, S].
         scores = q_rope.flatten(1, 2) @ k_rope.squeeze(1).transpose(1, 2)

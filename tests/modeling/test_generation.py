@@ -10,7 +10,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
-    GenerationConfig,
     TextIteratorStreamer,
     pipeline,
     set_seed,
@@ -78,23 +77,34 @@ def test_sampled_frequencies_equal_the_models_probabilities():
     torch.testing.assert_close(counts[best], probabilities[best], atol=0.04, rtol=0)
 
 
+def left_padded(*lengths: int) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Prompts of these lengths, and all of them as one batch with its mask."""
+    rows = [prompt(1, length, seed=length)[0] for length in lengths]
+    longest = max(lengths)
+    ids = torch.stack([torch.cat([torch.zeros(longest - len(row), dtype=torch.long), row]) for row in rows])
+    mask = torch.stack([(torch.arange(longest) >= longest - len(row)).long() for row in rows])
+    return rows, ids, mask
+
+
 @pytest.mark.parametrize("name", EVERY_MODEL)
 def test_left_padded_prompts_give_what_each_gives_alone(name):
     model = tiny_model(name)
-    rows = [prompt(1, length, seed=length)[0] for length in (11, 4, 7)]
-    ids = torch.stack([torch.cat([torch.zeros(11 - len(row), dtype=torch.long), row]) for row in rows])
-    mask = torch.stack([(torch.arange(11) >= 11 - len(row)).long() for row in rows])
+    rows, ids, mask = left_padded(11, 4, 7)
     together = generate(model, ids, attention_mask=mask, do_sample=False)
     for row, out in zip(rows, together, strict=True):
         alone = generate(model, row.unsqueeze(0), do_sample=False)
         assert out[11:].tolist() == alone[0, len(row) :].tolist()
 
 
-@pytest.mark.parametrize("name", DIALECTS)
-def test_static_cache_gives_the_same_text(name):
+@pytest.mark.parametrize("name", EVERY_MODEL)
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}])
+def test_static_cache_gives_the_same_text(name, how):
     model = tiny_model(name)
-    expected = generate(model, prompt(), do_sample=False)
-    assert torch.equal(generate(model, prompt(), do_sample=False, cache_implementation="static"), expected)
+    _, ids, mask = left_padded(11, 4)
+    for inputs in ({"ids": prompt()}, {"ids": ids, "attention_mask": mask}):
+        expected = generate(model, **inputs, **how, do_sample=False)
+        static = generate(model, **inputs, **how, do_sample=False, cache_implementation="static")
+        assert torch.equal(static, expected)
 
 
 def test_streamed_text_equals_the_returned_text():
@@ -211,20 +221,3 @@ def test_prompt_lookup_decoding_equals_greedy(name):
     ids = prompt(1, 5).repeat(1, 4)
     expected = generate(model, ids, do_sample=False)
     assert torch.equal(generate(model, ids, do_sample=False, prompt_lookup_num_tokens=3), expected)
-
-
-@pytest.mark.parametrize("name", ["llama-tiny", "gpt2-tiny", "verse-tiny", "bytegpt-tiny"])
-def test_continuous_batching_equals_generate(name):
-    model = tiny_model(name)
-    rows = [prompt(1, length, seed=length)[0].tolist() for length in (7, 3)]
-    settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    outputs = list(model.generate_batch(inputs=rows, generation_config=settings, progress_bar=False).values())
-    for row, output in zip(rows, outputs, strict=True):
-        assert output.error is None
-        alone = generate(model, torch.tensor([row]), do_sample=False, max_new_tokens=6)
-        assert output.generated_tokens == alone[0, len(row) :].tolist()
-
-
-def test_smear_refuses_a_paged_cache():
-    with pytest.raises(ValueError, match="continuous batching keeps no embeddings"):
-        tiny_model("nanochat-tiny")(prompt(), cache=object())
