@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_tessera import TesseraConfig
+from .continuous_batching import paged_update
 from .layers import TesseraRMSNorm, apply_rotary, make_norm
 
 
@@ -93,8 +94,11 @@ class _Attention(nn.Module):
         implementation = self.config._attn_implementation
         if self.softcap is not None:
             kwargs["softcap"] = self.softcap
-            # The sdpa kernels know no soft-cap; flash and flex do.
-            implementation = "eager" if implementation == "sdpa" else implementation
+            # The sdpa kernels and the library's paged attention know no soft-cap; flash and flex do.
+            if implementation in ("sdpa", "paged|sdpa", "paged|eager"):
+                implementation = "eager"
+                if kwargs.get("cache") is not None:
+                    key, value = paged_update(kwargs["cache"], key, value, self.layer_idx, kwargs)
         blocks = isinstance(attention_mask, BlockMask) and implementation != "flex_attention"
         if blocks:
             implementation = "flex_attention"

@@ -135,8 +135,20 @@ class TesseraSmear(nn.Module):
         self.gate.init_role = "gate"
         self.strength = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor, cache: Cache | None) -> torch.Tensor:
-        """Embeddings [B, T, C] at positions [B, T] or [1, T] -> embeddings [B, T, C]."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        position_ids: torch.Tensor,
+        cache: Cache | None,
+        before: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Embeddings [B, T, C] at positions [B, T] or [1, T] -> embeddings [B, T, C].
+
+        `before` [B, T, C] are the embeddings before each token where the caller knows them, as continuous
+        batching does; otherwise they are those to the left, and in the cache.
+        """
+        if before is not None:
+            return self._mix(x, before, (position_ids > 0).unsqueeze(-1))
         carried = None if cache is None else self._exchange(x, cache)
         follows = position_ids[:, 1:] == position_ids[:, :-1] + 1
         if carried is None:
@@ -145,7 +157,9 @@ class TesseraSmear(nn.Module):
         else:
             previous, first = carried, position_ids[:, :1] > 0
         previous = torch.cat([previous, x[:, :-1]], dim=1)
-        follows = torch.cat([first, follows], dim=1).unsqueeze(-1)
+        return self._mix(x, previous, torch.cat([first, follows], dim=1).unsqueeze(-1))
+
+    def _mix(self, x: torch.Tensor, previous: torch.Tensor, follows: torch.Tensor) -> torch.Tensor:
         gate = self.strength * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))
         return x + torch.where(follows, gate * previous, 0.0).to(x.dtype)
 

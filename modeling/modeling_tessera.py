@@ -30,6 +30,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import TesseraAttention, TesseraLatentAttention
 from .balancing import router_statistics
 from .configuration_tessera import TesseraConfig
+from .continuous_batching import TesseraContinuousBatching, exchange_token_ids
 from .decoding import can_capture, sample_captured
 from .feed_forward import TesseraMLP, TesseraMoE, load_balancing_loss
 from .fused_head import takes_fused_head, with_own_terms
@@ -269,14 +270,16 @@ class TesseraModel(TesseraPreTrainedModel):
             raise ValueError(
                 "this model has value embeddings, which need input_ids; inputs_embeds alone cannot work"
             )
-        if self.smear is not None and kwargs.get("cache") is not None:
-            raise ValueError("continuous batching keeps no embeddings for smear; use generate instead")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
         positions = position_ids
         if positions is None:
             positions = self._count_positions(inputs_embeds, attention_mask, past_key_values)
+        paged = kwargs.get("cache")
+        if paged is not None and not isinstance(attention_mask, dict):
+            # Its mask is ready. To look for another would be to look at positions, which no CUDA graph can.
+            attention_mask = dict.fromkeys(self.config.layer_types, attention_mask)
         dropout = self.training and self.config.attention_dropout > 0
         masks = make_masks(self.config, inputs_embeds, attention_mask, past_key_values, position_ids, dropout)
         if output_router_logits is None:
@@ -284,14 +287,13 @@ class TesseraModel(TesseraPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        x = inputs_embeds
-        if self.embed_positions is not None:
-            x = x + self._learned_positions(positions)
-        if self.embed_norm is not None:
-            x = self.embed_norm(x)
-        x = F.dropout(x, p=self.config.embd_pdrop, training=self.training)
+        x = self._enter(inputs_embeds, positions)
         if self.smear is not None:
-            x = self.smear(x, positions, past_key_values)
+            before = None
+            if paged is not None:
+                ids = exchange_token_ids(self.config, input_ids, paged, x.dtype, kwargs)
+                before = self._enter(self.embed_tokens(ids), (positions - 1).clamp(min=0))
+            x = self.smear(x, positions, past_key_values, before)
         position_embeddings = None if self.rotary_emb is None else self.rotary_emb(x, positions)
 
         # What training counts of the experts' loads is not to be padding's.
@@ -336,6 +338,14 @@ class TesseraModel(TesseraPreTrainedModel):
             mtp_inputs=mtp_inputs,
         )
 
+    def _enter(self, embeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Token embeddings [B, T, C] with what is done to them before they meet their neighbours."""
+        if self.embed_positions is not None:
+            embeds = embeds + self._learned_positions(positions)
+        if self.embed_norm is not None:
+            embeds = self.embed_norm(embeds)
+        return F.dropout(embeds, p=self.config.embd_pdrop, training=self.training)
+
     def _count_positions(
         self, embeds: torch.Tensor, attention_mask: torch.Tensor | dict | None, cache: Cache | None
     ) -> torch.Tensor:
@@ -355,7 +365,7 @@ class TesseraModel(TesseraPreTrainedModel):
         return self.embed_positions(positions)
 
 
-class TesseraForCausalLM(TesseraPreTrainedModel, GenerationMixin):
+class TesseraForCausalLM(TesseraContinuousBatching, TesseraPreTrainedModel, GenerationMixin):
     """The decoder with a language-modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
