@@ -8,10 +8,9 @@ attention modules choose the kernel by the mask that they are given. What belong
 caller passes (`attention_mask`, `position_ids`, a cache) to one mask for each kind of layer.
 """
 
-from types import SimpleNamespace
-
 import torch
-from torch.nn.attention.flex_attention import BlockMask
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers.cache_utils import Cache
 from transformers.masking_utils import (
     create_causal_mask,
@@ -76,6 +75,19 @@ def make_masks(
     if len(masks) == len(kinds):
         return masks
 
+    missing = kinds - masks.keys()
+    padded = attention_mask is not None and attention_mask.ndim == 2
+    documents = None
+    if cache is None and position_ids is not None and padded:
+        starts = (position_ids.expand_as(attention_mask) == 0) & (attention_mask != 0)
+        documents = starts.cumsum(-1)
+    if not dropout and cache is None and _takes_block_masks(config, embeds, attention_mask):
+        if documents is None and position_ids is not None:
+            documents = F.pad(position_ids.diff(dim=-1) != 1, (1, 0)).cumsum(-1)
+        windows = {kind: config.sliding_window if kind == "sliding_attention" else None for kind in missing}
+        made = {kind: _block_mask(embeds, windows[kind], attention_mask, documents) for kind in missing}
+        return masks | made
+
     arguments = {
         "config": config,
         "inputs_embeds": embeds,
@@ -83,20 +95,39 @@ def make_masks(
         "past_key_values": cache,
         "position_ids": position_ids,
     }
-    if not dropout and cache is None and _takes_block_masks(config, embeds, attention_mask):
-        # All that the library reads of a configuration when it makes a mask.
-        arguments["config"] = SimpleNamespace(
-            _attn_implementation="flex_attention", sliding_window=config.sliding_window, is_causal=True
-        )
-    padded = attention_mask is not None and attention_mask.ndim == 2
     # Flash attention takes the padding mask as it is, and no other beside it.
     flash = "flash" in (implementation or "")
-    if cache is None and position_ids is not None and padded and not flash:
-        starts = (position_ids.expand_as(attention_mask) == 0) & (attention_mask != 0)
-        arguments["and_mask_function"] = packed_sequence_mask_function(starts.cumsum(-1))
+    if documents is not None and not flash:
+        arguments["and_mask_function"] = packed_sequence_mask_function(documents)
     elif softcap_by_hand:
         arguments["and_mask_function"] = everything
-    return masks | {kind: _MASKS[kind](**arguments) for kind in kinds - masks.keys()}
+    return masks | {kind: _MASKS[kind](**arguments) for kind in missing}
+
+
+def _block_mask(
+    embeds: torch.Tensor,
+    window: int | None,
+    attention_mask: torch.Tensor | None,
+    documents: torch.Tensor | None,
+) -> BlockMask:
+    """Causal order within a window, a padding mask [B, T] and documents numbered in [B, T] or [1, T]."""
+    batch, length = embeds.shape[:2]
+    kept = None if attention_mask is None else attention_mask != 0
+    documents = None if documents is None else documents.expand(batch, -1)
+
+    def sees(b, h, query, key):
+        seen = query >= key
+        if window is not None:
+            seen = seen & (query - key < window)
+        if documents is not None:
+            seen = seen & (documents[b, query] == documents[b, key])
+        return seen if kept is None else seen & kept[b, key]
+
+    rows = None if kept is None and documents is None else batch
+    # Uncompiled it would write all T x T entries out to look at them.
+    tracing = torch.compiler.is_compiling()
+    create = create_block_mask if tracing else torch.compile(create_block_mask)
+    return create(sees, rows, None, length, length, device=embeds.device)
 
 
 def _without_the_plain(

@@ -4,6 +4,8 @@ import pytest
 import torch
 from helpers.models import EVERY_MODEL, tiny_config, tiny_model
 
+from tessera.modeling import masks
+
 SPARSE = [name for name in EVERY_MODEL if tiny_config(name).n_routed_experts]
 
 
@@ -37,6 +39,43 @@ def test_packed_and_padded_rows_compile_too(name):
     mask = torch.ones_like(tokens())
     mask[0, :3] = 0
     agree(model, attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", ["nanochat-tiny", "latent-sliding-lowrank-sigmoid", "moe-qknorm-softcap"])
+@torch.no_grad()
+def test_packed_rows_compile_with_block_masks(name, monkeypatch):
+    """As on a GPU, but for kernels and gradients: flex attention is traced, and computed as it is written."""
+    model = tiny_model(name, layer_types="SL", sliding_window=7).train()
+    positions = torch.cat([torch.arange(9), torch.arange(15)]).repeat(2, 1)
+    mask = torch.ones_like(tokens())
+    mask[1, :2] = 0
+    # What comes out at padded positions is not defined.
+    labels = tokens()
+    labels[1, :3] = -100
+    monkeypatch.setattr(masks, "BLOCK_MASK_DEVICES", {"cpu"})
+    monkeypatch.setattr(masks, "WRITTEN_OUT_ENTRIES", 10**9)
+    graphs = []
+
+    def look(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    for arguments in ({}, {"position_ids": positions}, {"position_ids": positions, "attention_mask": mask}):
+        arguments |= {"input_ids": tokens(), "labels": labels}
+        expected = model(**arguments).loss
+        torch._dynamo.reset()
+        found = torch.compile(model, fullgraph=True, backend=look)(**arguments).loss
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        targets = [node.target for node in graphs[-1].graph.nodes]
+        flex = targets.count(torch.ops.higher_order.flex_attention)
+        # Without documents or padding the full layers of most models need no mask.
+        layers = model.config.num_hidden_layers
+        assert flex == layers or (len(arguments) == 2 and flex == layers // 2)
+        assert all(
+            node.kwargs["attn_mask"] is None
+            for node in graphs[-1].graph.nodes
+            if node.target is torch._C._nn.scaled_dot_product_attention
+        )
 
 
 @pytest.mark.parametrize("name", SPARSE)
