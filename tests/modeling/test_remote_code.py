@@ -26,6 +26,10 @@ HEADS = {
     "token": TesseraForTokenClassification,
 }
 
+# name -> preset, fields laid over it
+MODELS = {name: (name, {}) for name in DIALECTS}
+MODELS["drafting"] = ("bytegpt-tiny", {"num_mtp_layers": 1, "train_mtp": True})
+
 # Everything under the folder argv[1], without Tessera and without a network; what comes out goes to argv[2].
 STRANGER = """
 from pathlib import Path
@@ -50,7 +54,9 @@ for folder in sorted(models.iterdir()):
         with torch.no_grad():
             answers[name] = model(ids).logits
         if name == "causal":
-            answers["generated"] = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+            drafts = {"use_mtp": True} if config.num_mtp_layers else {}
+            generated = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0, **drafts)
+            answers["generated"] = generated
             model.save_pretrained(out / folder.name / "again")
             tokenizer.save_pretrained(out / folder.name / "again")
     base = transformers.AutoModel.from_pretrained(folder / "causal", trust_remote_code=True)
@@ -66,9 +72,9 @@ def loaded(tmp_path_factory):
     """The models of every dialect, and the folder of what a stranger made of them."""
     root = tmp_path_factory.mktemp("remote")
     models = {}
-    for dialect in DIALECTS:
+    for dialect, (preset, fields) in MODELS.items():
         for name, kind in HEADS.items():
-            model = randomize(kind(tiny_config(dialect, num_labels=3, pad_token_id=0)), 0)
+            model = randomize(kind(tiny_config(preset, num_labels=3, pad_token_id=0, **fields)), 0)
             model.save_pretrained(root / "models" / dialect / name)
             models[dialect, name] = model
         build_byte_tokenizer().save_pretrained(root / "models" / dialect / "causal")
@@ -76,7 +82,7 @@ def loaded(tmp_path_factory):
     return models, root
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", MODELS)
 def test_a_stranger_gets_the_same_from_every_head(dialect, loaded):
     models, root = loaded
     answers = load_file(root / "out" / dialect / "answers.safetensors")
