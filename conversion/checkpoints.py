@@ -21,6 +21,8 @@ from .rules import Renamed, Rule, to_ours
 from .tensor_files import open_safetensors
 
 TESSERA_RULES = [Rule("{rest}", "{rest}")]
+# DeepSeek's releases repeat the model's embedding and head in each layer for multi-token prediction.
+_SHARED_BY_PREDICTORS = (".embed_tokens.weight", ".shared_head.head.weight")
 # What comes with weights, to be taken along as it is.
 _SIDE_FILES = re.compile(
     r"tokenizer.*\.(json|model)|chat_template\.(jinja|json)|special_tokens_map\.json|added_tokens\.json"
@@ -109,17 +111,29 @@ def _open(folder: Path) -> Checkpoint:
 def _clean(
     tensors: Mapping[str, torch.Tensor], config: TesseraConfig, family: Family | None = None
 ) -> tuple[Mapping[str, torch.Tensor], list[str]]:
-    """Leaves out what is no weight of the decoder, and gives the base model's tensors their prefix."""
+    """Leaves out what is no weight of the model, and gives the base model's tensors their prefix.
+
+    The configuration comes to claim the layers for multi-token prediction that are there; many a release says
+    that it has some and leaves them out.
+    """
     prefix = "model." if family is None else family.prefix
     bare = not any(name.startswith(prefix) for name in tensors)
-    names, predictors = {}, 0
+    names, predictors, depth = {}, 0, config.num_hidden_layers
+    if family is not None and family.predicts_ahead:
+        found = (re.search(r"layers\.(\d+)\.eh_proj\.", name) for name in tensors)
+        there = {int(match[1]) for match in found if match}
+        if not there.issuperset(range(depth, depth + config.num_mtp_layers)):
+            config.num_mtp_layers, config.mtp_mlp_layer_types = 0, None
+    held = depth + config.num_mtp_layers
     for name in tensors:
         full = prefix + name if bare and name != "lm_head.weight" else name
         if family is not None and any(re.fullmatch(pattern, full) for pattern in family.ignored):
             continue
         layer = re.match(r"model\.layers\.(\d+)\.", full)
-        if family is not None and family.predicts_ahead and layer:
-            if int(layer[1]) >= config.num_hidden_layers:
+        if family is not None and family.predicts_ahead and layer and int(layer[1]) >= depth:
+            if full.endswith(_SHARED_BY_PREDICTORS):
+                continue
+            if int(layer[1]) >= held:
                 predictors += 1
                 continue
         names[full] = name

@@ -20,7 +20,7 @@ from tessera.modeling.configuration_tessera import TesseraConfig
 
 from . import native
 from .checkpoints import Checkpoint, open_checkpoint
-from .equivalents import cut_padding, pair_halves
+from .equivalents import cut_padding, drop_predictions_ahead, pair_halves
 from .families import FAMILIES
 from .rules import Changed, to_theirs
 from .tensor_files import write_safetensors
@@ -125,6 +125,9 @@ def _prepare(
     """The model that will be written: as the target can have it, in the dtype that was asked for."""
     config, tensors = copy.deepcopy(checkpoint.config), checkpoint.tensors
     config.auto_map = {}
+    if config.num_mtp_layers and to != "tessera" and not (to in FAMILIES and FAMILIES[to].predicts_ahead):
+        config, tensors = drop_predictions_ahead(config, tensors)
+        checkpoint.notes.append(f"{to} has no place for multi-token prediction: its layers are left out")
     if to in FAMILIES:
         config, tensors = cut_padding(config, tensors)
         if to != "deepseek_v3":

@@ -11,7 +11,7 @@ import torch
 
 from tessera.modeling.configuration_tessera import TesseraConfig
 
-from .rules import Changed
+from .rules import Changed, Renamed
 
 _VOCABULARY_ROWS = ("embed_tokens.weight", "lm_head.weight", "value_embed.weight")
 
@@ -30,6 +30,17 @@ def cut_padding(
         return tensor[:rows] if name.endswith(_VOCABULARY_ROWS) else tensor
 
     return config, Changed(tensors, cut)
+
+
+def drop_predictions_ahead(
+    config: TesseraConfig, tensors: Mapping[str, torch.Tensor]
+) -> tuple[TesseraConfig, Mapping[str, torch.Tensor]]:
+    """Leaves out the layers for multi-token prediction, which the next token does not depend on."""
+    config = copy.deepcopy(config)
+    ahead = range(config.num_hidden_layers, config.num_hidden_layers + config.num_mtp_layers)
+    prefixes = tuple(f"model.layers.{i}." for i in ahead)
+    config.num_mtp_layers, config.mtp_layer_types, config.mtp_mlp_layer_types = 0, None, None
+    return config, Renamed(tensors, {name: name for name in tensors if not name.startswith(prefixes)})
 
 
 def pair_halves(

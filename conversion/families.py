@@ -50,7 +50,10 @@ _NO_ARCHITECTURE = {
     "resid_pdrop",
     "latent_attention_mode",
     "router_aux_loss_coef",
+    "router_bias_update_speed",
     "output_router_logits",
+    "train_mtp",
+    "mtp_loss_coef",
     "initializer",
     "initializer_range",
     "pad_token_id",
@@ -82,7 +85,7 @@ class Family:
         rules: tensors.
         packed: rules for the other way in which the family's experts are stored.
         ignored: patterns of tensors that carry no weights, or none that a decoder uses.
-        predicts_ahead: whether layers past the last one, for multi-token prediction, may be there.
+        predicts_ahead: whether layers past the last one, for multi-token prediction, have a place.
         prefix: of the base model's tensors, which some checkpoints leave out.
         derive: further fields of Tessera from their configuration.
         derive_theirs: further fields of theirs from Tessera's configuration.
@@ -176,6 +179,9 @@ def architecture(config: TesseraConfig) -> dict[str, Any]:
         for f in dataclasses.fields(config)
         if f.name in TesseraConfig.__annotations__ and f.name not in _NO_ARCHITECTURE
     }
+    ahead = range(config.num_hidden_layers, config.num_hidden_layers + config.num_mtp_layers)
+    values["mtp_layer_types"] = [config.attention_kind(i) for i in ahead]
+    values["mtp_mlp_layer_types"] = [config.feed_forward_kind(i) for i in ahead]
     unused = []
     if "sliding_attention" not in config.layer_types:
         unused.append("sliding_window")
@@ -241,8 +247,12 @@ def _leading_dense(theirs: PreTrainedConfig) -> dict:
     depth = theirs.num_hidden_layers
     dense = min(theirs.first_k_dense_replace, depth)
     experts = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok")
+    # Layers that predict further ahead always have experts, so a model without has none of these.
+    ahead = theirs.num_mtp_layers if dense < depth else 0
     return {
         "mlp_layer_types": ["dense"] * dense + ["sparse"] * (depth - dense),
+        "num_mtp_layers": ahead,
+        "mtp_mlp_layer_types": ["sparse"] * ahead or None,
         **({} if dense < depth else dict.fromkeys(experts, 0) | {"router_correction_bias": False}),
     }
 
@@ -253,7 +263,7 @@ def _count_leading_dense(ours: TesseraConfig) -> dict:
     values = {
         "first_k_dense_replace": leading,
         "num_key_value_heads": ours.num_attention_heads,
-        "num_mtp_layers": 0,
+        "num_mtp_layers": ours.num_mtp_layers,
     }
     if all(dense):
         # The family has these in any case; no layer looks at them.

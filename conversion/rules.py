@@ -7,6 +7,7 @@ step from one to the other, computed when its tensor is asked for. What belongs 
 application; the lists are in `families.py`, `native.py` and `nanochat_original.py`.
 """
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -79,6 +80,7 @@ class Step:
 
 def model_shapes(config: TesseraConfig) -> dict[str, torch.Size]:
     """Names and shapes of the tensors in a checkpoint of this configuration; a tied head is not one."""
+    config = hold_predictions_ahead(config)
     with torch.device("meta"):
         shapes = {
             name: tensor.shape
@@ -87,6 +89,13 @@ def model_shapes(config: TesseraConfig) -> dict[str, torch.Size]:
     if config.tie_word_embeddings:
         del shapes["lm_head.weight"]
     return shapes
+
+
+def hold_predictions_ahead(config: TesseraConfig) -> TesseraConfig:
+    """The configuration with which a model has in memory all layers that its checkpoint has."""
+    config = copy.deepcopy(config)
+    config.train_mtp = config.num_mtp_layers > 0
+    return config
 
 
 def make_plan(config: TesseraConfig, rules: list[Rule]) -> list[Step]:

@@ -5,7 +5,6 @@ transformers runs in its own class, so that the translation is not compared with
 in memory in fp32, one after the other.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from tessera.modeling.configuration_tessera import TesseraConfig
 from tessera.modeling.modeling_tessera import TesseraForCausalLM
 
 from .checkpoints import Checkpoint
-from .rules import model_shapes, name_some
+from .rules import hold_predictions_ahead, model_shapes, name_some
 
 # Largest difference of two logits, as a share of the largest logit (or absolute, where all are below one).
 TOLERANCE = 1e-4
@@ -102,7 +101,7 @@ def build_model(checkpoint: Checkpoint) -> nn.Module:
 
 def assemble(config: TesseraConfig, tensors: Mapping[str, torch.Tensor]) -> TesseraForCausalLM:
     """A Tessera model in fp32 and eval mode from its tensors."""
-    config = copy.deepcopy(config)
+    config = hold_predictions_ahead(config)
     config.dtype = torch.float32
     model = TesseraForCausalLM(config)
     state = model.state_dict()

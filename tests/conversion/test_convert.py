@@ -11,15 +11,17 @@ from helpers.models import EVERY_MODEL, tiny_config, tiny_model
 from helpers.weights import randomize
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from transformers.modeling_layers import MtpModel
 from transformers.utils import logging
 
-from tessera import TesseraConfig, build_byte_tokenizer, cli
+from tessera import TesseraConfig, TesseraForCausalLM, build_byte_tokenizer, cli
 from tessera.conversion import convert as conversion
 from tessera.conversion.checkpoints import open_checkpoint
 from tessera.conversion.convert import convert
 from tessera.conversion.families import architecture
 from tessera.conversion.verify import compare_logits
 from tessera.modeling.loading import load_model
+from tessera.modeling.multi_token import hidden_ahead
 
 SIZES = {
     "vocab_size": 97,
@@ -205,6 +207,55 @@ def test_layers_for_multi_token_prediction_are_left_out_and_said(tmp_path):
     assert convert(tmp_path / "theirs", tmp_path / "ours").notes == [
         "1 tensors of multi-token prediction are left out"
     ]
+
+
+def test_layers_for_multi_token_prediction_come_from_deepseek_and_go_there(tmp_path):
+    save_family("deepseek_v3", tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "plain")
+    ours = TesseraForCausalLM.from_pretrained(tmp_path / "plain", num_mtp_layers=1, train_mtp=True)
+    randomize(ours).save_pretrained(tmp_path / "ours")
+    done = convert(tmp_path / "ours", tmp_path / "deepseek", to="deepseek_v3")
+    assert not done.notes
+    # transformers' own classes predict as ours do.
+    theirs = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path / "deepseek")
+    theirs._keys_to_ignore_on_load_unexpected = {r"model\.layers\.3\."}  # it knows those of 61 layers
+    library = MtpModel.from_pretrained(theirs)
+    with torch.no_grad():
+        outputs = ours.model(ids(), keep_mtp_inputs=True, use_cache=False)
+        (found,), _ = hidden_ahead(
+            ours.mtp_layers, hidden_states=outputs.last_hidden_state, **outputs.mtp_inputs
+        )
+        positions = torch.arange(1, 40)[None]
+        embeds = theirs.model.embed_tokens(ids()[:, 1:])
+        expected = library.layers[0](
+            embeds,
+            theirs.model(ids(), use_cache=False).last_hidden_state[:, :-1],
+            position_embeddings=theirs.model.rotary_emb(embeds, positions),
+            attention_mask=torch.ones(39, 39).tril().bool()[None, None],
+            position_ids=positions,
+            past_key_values=None,
+        )
+    torch.testing.assert_close(found[:, :-1], expected, atol=1e-4, rtol=1e-4)
+
+    # The releases repeat embedding and head.
+    state = load_file(tmp_path / "deepseek/model.safetensors")
+    state["model.layers.3.embed_tokens.weight"] = state["model.embed_tokens.weight"].clone()
+    state["model.layers.3.shared_head.head.weight"] = state["lm_head.weight"].clone()
+    save_file(state, tmp_path / "deepseek/model.safetensors", metadata={"format": "pt"})
+    assert not convert(tmp_path / "deepseek", tmp_path / "back").notes
+    before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("ours", "back"))
+    assert before.keys() == after.keys() and any("layers.3.eh_proj" in name for name in after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert load_model(tmp_path / "back").config.num_mtp_layers == 1
+
+    assert convert(tmp_path / "ours", tmp_path / "native", mp=1).notes == [
+        "native has no place for multi-token prediction: its layers are left out"
+    ]
+    # Many a release claims layers that it leaves out.
+    claims = {name: tensor for name, tensor in state.items() if "layers.3." not in name}
+    save_file(claims, tmp_path / "deepseek/model.safetensors", metadata={"format": "pt"})
+    convert(tmp_path / "deepseek", tmp_path / "without")
+    assert load_model(tmp_path / "without").config.num_mtp_layers == 0
 
 
 def test_interleaved_rotation_and_padded_rows_leave_as_plain_llama(tmp_path):
