@@ -7,6 +7,7 @@ head size, C hidden.
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer, StaticCache, StaticSlidingWindowLayer
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -23,8 +24,13 @@ class TesseraRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        normed = x.float()
-        normed = (normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        if torch.compiler.is_compiling():
+            # Written out, so that it joins what stands beside it.
+            normed = x.float()
+            normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.eps)
+        else:
+            normed = F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        normed = normed.to(x.dtype)
         return normed if self.weight is None else self.weight * normed
 
     def extra_repr(self) -> str:
@@ -110,13 +116,12 @@ def apply_rotary(
         interleave: whether the pairs are neighbours instead of half a head apart.
     """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    half = cos.shape[-1]
-    rotated, passed = x[..., : 2 * half], x[..., 2 * half :]
-    first, second = (
-        (rotated[..., ::2], rotated[..., 1::2]) if interleave else (rotated[..., :half], rotated[..., half:])
-    )
-    parts = [first * cos - second * sin, second * cos + first * sin]
-    return torch.cat([*parts, passed] if passed.shape[-1] else parts, dim=-1)
+    width, passed = 2 * cos.shape[-1], []
+    if width < x.shape[-1]:
+        x, rest = x[..., :width], x[..., width:]
+        passed = [rest]
+    first, second = (x[..., ::2], x[..., 1::2]) if interleave else x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, *passed], dim=-1)
 
 
 class TesseraSmear(nn.Module):
