@@ -42,10 +42,12 @@ def prompts() -> list[list[int]]:
 
 def pages(**kwargs) -> ContinuousBatchingConfig:
     """Pages of 4 tokens, room for about three of the prompts, 12 tokens a step."""
-    names = {field.name for field in fields(ContinuousBatchingConfig)}
-    # transformers 5.17 calls a page a block.
-    size = "page_size" if "page_size" in names else "block_size"
-    return ContinuousBatchingConfig(**{size: 4, "num_blocks": 14, "max_batch_tokens": 12, **kwargs})
+    if "page_size" in {field.name for field in fields(ContinuousBatchingConfig)}:
+        size = {"page_size": 4, "num_blocks": 14}
+    else:
+        # transformers 5.17 calls a page a block, and gives one to each group of layers of a kind.
+        size = {"block_size": 4, "num_blocks": 30}
+    return ContinuousBatchingConfig(**{**size, "max_batch_tokens": 12, **kwargs})
 
 
 def settings(**kwargs) -> GenerationConfig:
