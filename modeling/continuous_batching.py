@@ -15,6 +15,10 @@ from transformers.generation import ContinuousBatchingConfig, GenerationConfig
 
 from .configuration_tessera import TesseraConfig
 
+# On a CPU. Each step attends over the keys of all requests in it, seen or masked.
+REQUESTS_AT_A_TIME = 16
+TOKENS_A_STEP = 1024
+
 
 class BatchGenerationError(RuntimeError):
     """Some requests of `generate_batch` did not finish.
@@ -52,14 +56,20 @@ class TesseraContinuousBatching:
         return manager
 
     def generate_batch(
-        self, inputs: list[list[int]], generation_config: GenerationConfig | None = None, **kwargs
+        self,
+        inputs: list[list[int]],
+        generation_config: GenerationConfig | None = None,
+        continuous_batching_config: ContinuousBatchingConfig | None = None,
+        **kwargs,
     ) -> dict[str, Any]:
         """Generates for many prompts with continuous batching; see `transformers.ContinuousMixin`.
 
         Args:
             inputs: token ids of each prompt.
             generation_config: default: the model's own.
-            kwargs: `max_new_tokens`, `continuous_batching_config`, ... as in the library.
+            continuous_batching_config: pages and batches. Default: the library's on a GPU, which takes what
+                memory there is; on a CPU with `max_new_tokens`, pages for a few of the prompts at a time.
+            kwargs: `max_new_tokens`, ... as in the library.
 
         Returns:
             Outputs by request, in the order of the prompts.
@@ -70,9 +80,18 @@ class TesseraContinuousBatching:
             BatchGenerationError: if a request failed or is missing; its `outputs` has those that finished.
         """
         settings = self.generation_config if generation_config is None else generation_config
-        new = kwargs.get("max_new_tokens") or settings.max_new_tokens or 1
-        self._refuse_prompts(inputs, new)
-        outputs = super().generate_batch(inputs, generation_config=generation_config, **kwargs)
+        new = kwargs.get("max_new_tokens") or settings.max_new_tokens
+        self._refuse_prompts(inputs, new or 1)
+        if continuous_batching_config is None and self.device.type == "cpu" and inputs and new:
+            longest = max(map(len, inputs)) + new
+            together = min(len(inputs) * (settings.num_return_sequences or 1), REQUESTS_AT_A_TIME)
+            continuous_batching_config = _pages_for(self.config, longest, together)
+        outputs = super().generate_batch(
+            inputs,
+            generation_config=generation_config,
+            continuous_batching_config=continuous_batching_config,
+            **kwargs,
+        )
         failed = {name: str(output.error) for name, output in outputs.items() if output.error is not None}
         # transformers 5.17 returns one sequence of each prompt.
         several = any("__child#" in name for name in outputs)
@@ -107,6 +126,17 @@ class TesseraContinuousBatching:
 def _some(names: list[int | str]) -> str:
     shown = ", ".join(str(name) for name in names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+def _pages_for(config: TesseraConfig, longest: int, requests: int) -> ContinuousBatchingConfig:
+    """Pages that hold so many requests of the longest length."""
+    pages = ContinuousBatchingConfig(max_batch_tokens=TOKENS_A_STEP)
+    old = not hasattr(pages, "page_size")
+    pages.num_blocks = requests * (longest // (pages.block_size if old else pages.page_size) + 1)
+    if old:
+        # transformers 5.17 counts the blocks of each group of layers, which may be as small as a layer.
+        pages.num_blocks *= config.num_hidden_layers + 1
+    return pages
 
 
 def _give_one_more_layer(manager: Any) -> None:
@@ -150,7 +180,7 @@ def paged_update(
 
 
 def exchange_token_ids(
-    config: TesseraConfig, input_ids: torch.Tensor, cache: Any, dtype: torch.dtype, kwargs: dict[str, Any]
+    config: TesseraConfig, input_ids: torch.Tensor, cache: Any, kwargs: dict[str, Any]
 ) -> torch.Tensor:
     """Stores the new token ids in one more layer of the pages, and returns the id before each.
 
@@ -161,7 +191,6 @@ def exchange_token_ids(
         config: of the model; the layer's index is the number of its layers.
         input_ids: [1, T], the requests one after another.
         cache: the paged cache.
-        dtype: of the cache.
         kwargs: what the library passes to a forward with it: lengths and indices.
 
     Returns:
@@ -172,9 +201,9 @@ def exchange_token_ids(
     heads, width = allocator.num_key_value_heads, config.head_dim
     new = input_ids.shape[1]
     places = [256**i for i in range(4) if 256**i < config.padded_vocab_size]
-    states = torch.zeros(new, heads * width, dtype=dtype, device=input_ids.device)
+    states = torch.zeros(new, heads * width, dtype=cache.dtype, device=input_ids.device)
     for i, place in enumerate(places):
-        states[:, i] = (input_ids[0] // place % 256).to(dtype)
+        states[:, i] = (input_ids[0] // place % 256).to(cache.dtype)
     states = states.view(new, heads, width).transpose(0, 1).unsqueeze(0)
     seen, _ = paged_update(cache, states, states, layer, kwargs)  # [1, H_kv, S, D]
 

@@ -291,7 +291,7 @@ class TesseraModel(TesseraPreTrainedModel):
         if self.smear is not None:
             before = None
             if paged is not None:
-                ids = exchange_token_ids(self.config, input_ids, paged, x.dtype, kwargs)
+                ids = exchange_token_ids(self.config, input_ids, paged, kwargs)
                 before = self._enter(self.embed_tokens(ids), (positions - 1).clamp(min=0))
             x = self.smear(x, positions, past_key_values, before)
         position_embeddings = None if self.rotary_emb is None else self.rotary_emb(x, positions)

@@ -133,6 +133,17 @@ def test_a_prefix_in_the_pages_is_not_computed_again(name):
     assert again == generate_alone(model, [row, row[:9]])
 
 
+def test_a_cpu_gets_pages_for_a_few_prompts_and_not_for_all_its_memory():
+    model, seen = tiny_model("nanochat-tiny"), []
+    hook = model.model.register_forward_pre_hook(
+        lambda _, inputs, kwargs: seen.append(kwargs["cache"]), with_kwargs=True
+    )
+    outputs = model.generate_batch(prompts() * 3, settings())
+    hook.remove()
+    assert texts(outputs) == generate_alone(model, prompts()) * 3
+    assert {(cache.max_batch_tokens, cache.num_blocks <= 16 * 5) for cache in seen} == {(1024, True)}
+
+
 def test_requests_that_fail_are_named_with_the_reason_and_the_others_kept():
     rows = [prompts()[1], prompts()[2]]
     with pytest.raises(BatchGenerationError) as caught:
@@ -170,3 +181,19 @@ def test_prompts_that_would_fail_in_the_middle_are_refused_at_once(row, sentence
     with pytest.raises(ValueError, match=sentence):
         generate_batch(model, [[1, 2], row])
     assert len(texts(generate_batch(model, [[1, 2], [7] * 25]))) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", [*EVERY_MODEL, *SMEARED])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_continuous_batching_on_a_gpu_equals_generate(name, graphs):
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = model_of(name)
+    expected = generate_alone(model, prompts())
+    outputs = generate_batch(
+        model.cuda(),
+        prompts(),
+        continuous_batching_config=pages(use_cuda_graph=graphs, use_async_batching=graphs),
+    )
+    assert texts(outputs) == expected

@@ -120,3 +120,18 @@ def test_the_table_of_ways_to_generate_holds(way, name):
     else:
         expected = generate(model, num_beams=3, use_cache=False) if way == "`num_beams`" else generate(model)
         assert torch.equal(out, expected)
+
+
+def test_the_examples_of_the_page_run():
+    model = tiny_model("bytegpt-tiny")
+    names = {
+        "model": model,
+        "torch": torch,
+        "DynamicCache": DynamicCache,
+        "turns": [prompt(), prompt().flip(1)],
+    }
+    examples = re.findall(r"```python\n(.+?)```", PAGE, flags=re.DOTALL)
+    for example in examples:
+        exec(example, names)
+    assert [len(text) for text in names["texts"]] == [20, 20]
+    assert names["ids"].shape == (1, 2 * (9 + 20))
