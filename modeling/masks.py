@@ -57,7 +57,7 @@ def make_masks(
     """
     if isinstance(attention_mask, dict):
         return attention_mask
-    kinds = set(config.layer_types)
+    kinds = sorted(set(config.layer_types))
     if cache is not None and attention_mask is None and _is_empty(cache):
         cache = None
     if cache is None:
@@ -70,12 +70,12 @@ def make_masks(
     masks: dict[str, Mask] = {}
     if nothing_given and implementation == "sdpa" and not softcap_by_hand:
         length = embeds.shape[1]
-        plain = {kind for kind in kinds if kind == "full_attention" or length <= config.sliding_window}
+        plain = [kind for kind in kinds if kind == "full_attention" or length <= config.sliding_window]
         masks = dict.fromkeys(plain)
     if len(masks) == len(kinds):
         return masks
 
-    missing = kinds - masks.keys()
+    missing = [kind for kind in kinds if kind not in masks]
     padded = attention_mask is not None and attention_mask.ndim == 2
     documents = None
     if cache is None and position_ids is not None and padded:
