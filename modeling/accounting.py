@@ -11,6 +11,7 @@ from torch import nn
 
 from .configuration_tessera import TesseraConfig
 from .feed_forward import TesseraExperts, TesseraRouter, TesseraUngatedExperts
+from .layers import TesseraGate
 from .modeling_tessera import TesseraForCausalLM
 
 
@@ -44,7 +45,7 @@ def count_costs(config: TesseraConfig) -> Costs:
     idle = 0
     multiplied = 0
     for module in model.modules():
-        if isinstance(module, nn.Linear | TesseraRouter):
+        if isinstance(module, nn.Linear | TesseraGate | TesseraRouter):
             multiplied += module.weight.numel()
         elif isinstance(module, TesseraExperts | TesseraUngatedExperts):
             stored = sum(p.numel() for p in module.parameters())

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_tessera import TesseraConfig
 from .continuous_batching import paged_update
-from .layers import TesseraRMSNorm, apply_rotary, make_norm
+from .layers import TesseraGate, TesseraRMSNorm, apply_rotary, is_plain_linear, make_norm
 
 
 def masked_softmax(
@@ -87,6 +87,7 @@ class _Attention(nn.Module):
         slides = config.attention_kind(layer_idx) == "sliding_attention"
         self.sliding_window = config.sliding_window if slides else None
         self.softcap = config.attn_logit_softcapping
+        self.dropout = nn.Dropout(config.attention_dropout)
 
     def _attend(
         self, query, key, value, attention_mask, **kwargs
@@ -109,7 +110,7 @@ class _Attention(nn.Module):
             key,
             value,
             attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
+            dropout=self.dropout.p if self.training else 0.0,
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,
@@ -155,8 +156,7 @@ class TesseraAttention(_Attention):
         if config.has_value_embedding(layer_idx):
             self.value_embed = nn.Embedding(config.padded_vocab_size, kv_width)
             self.value_embed.init_role = "value_embedding"
-            self.value_gate = nn.Linear(config.value_gate_channels, config.num_key_value_heads, bias=False)
-            self.value_gate.init_role = "gate"
+            self.value_gate = TesseraGate(config.value_gate_channels, config.num_key_value_heads)
 
     def forward(
         self,
@@ -174,7 +174,7 @@ class TesseraAttention(_Attention):
         value = self.v_proj(hidden_states).view(heads)
         if self.value_embed is not None:
             # The factor 3 lets a gate that starts at one half grow past neutral (nanochat).
-            gate = 3 * torch.sigmoid(self.value_gate(hidden_states[..., : self.value_gate.in_features]))
+            gate = 3 * torch.sigmoid(self.value_gate(hidden_states))
             value = value + gate.unsqueeze(-1) * self.value_embed(input_ids).view(heads).to(value.dtype)
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, H, T, D]
 
@@ -263,7 +263,7 @@ class TesseraLatentAttention(_Attention):
         an adapter or a quantised layer in its place, the expansion must go through that.
         """
         mode = self.config.latent_attention_mode
-        if mode == "naive" or type(self.kv_b_proj) is not nn.Linear:
+        if mode == "naive" or not is_plain_linear(self.kv_b_proj):
             return False
         plain_mask = self.config._attn_implementation in ("eager", "sdpa")
         plain_mask = plain_mask and not isinstance(attention_mask, BlockMask)
@@ -299,7 +299,7 @@ class TesseraLatentAttention(_Attention):
             scores, query, latent.transpose(1, 2), beta=self.scaling, alpha=self.scaling
         ).unflatten(1, (-1, new))
         probabilities = masked_softmax(scores, attention_mask, self.softcap).to(query.dtype)
-        probabilities = F.dropout(probabilities, p=self.config.attention_dropout, training=self.training)
+        probabilities = self.dropout(probabilities)
         mixed = (probabilities.flatten(1, 2) @ latent).unflatten(1, (-1, new))  # [B, H, T, R]
         return (mixed @ expand_value.transpose(1, 2)).transpose(1, 2), probabilities
 

@@ -1,4 +1,4 @@
-"""The small parts of a decoder: norms, rotary positions, and nanochat's smear.
+"""The small parts of a decoder: norms, rotary positions, gates, and nanochat's smear.
 
 What belongs here: modules without attention or feed-forward in them. Shapes: B batch, T positions, H heads, D
 head size, C hidden.
@@ -124,6 +124,36 @@ def apply_rotary(
     return torch.cat([first * cos - second * sin, second * cos + first * sin, *passed], dim=-1)
 
 
+class TesseraGate(nn.Module):
+    """Logits of a gate from the first `channels` of each token; a weight [gates, channels] and nothing else.
+
+    No `nn.Linear`, so that quantisers leave it: it is a handful of numbers, of widths that their blocks do
+    not divide, and a sigmoid follows.
+    """
+
+    def __init__(self, channels: int, gates: int):
+        super().__init__()
+        # The names of `nn.Linear`, which transformers' tensor parallelism asks for.
+        self.in_features, self.out_features = channels, gates
+        self.weight = nn.Parameter(torch.zeros(gates, channels))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states [..., C] -> [..., gates]."""
+        return F.linear(x[..., : self.in_features], self.weight)
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether a linear layer is its weight alone, which may then be used without calling the layer.
+
+    An adapter, a quantised layer or tensor, a shard, or a hook that gathers or moves the weight has to be
+    called.
+    """
+    if type(layer) is not nn.Linear or type(layer.weight) not in (nn.Parameter, torch.Tensor):
+        return False
+    hooked = layer._forward_pre_hooks or layer._forward_hooks or hasattr(layer, "_hf_hook")
+    return not hooked and layer.bias is None
+
+
 class TesseraSmear(nn.Module):
     """Mixes the previous token's embedding into each token's (nanochat, July 2026).
 
@@ -136,8 +166,7 @@ class TesseraSmear(nn.Module):
     def __init__(self, config: TesseraConfig):
         super().__init__()
         self.cache_idx = config.num_hidden_layers
-        self.gate = nn.Linear(config.smear_gate_channels, 1, bias=False)
-        self.gate.init_role = "gate"
+        self.gate = TesseraGate(config.smear_gate_channels, 1)
         self.strength = nn.Parameter(torch.zeros(1))
 
     def forward(
@@ -165,7 +194,7 @@ class TesseraSmear(nn.Module):
         return self._mix(x, previous, torch.cat([first, follows], dim=1).unsqueeze(-1))
 
     def _mix(self, x: torch.Tensor, previous: torch.Tensor, follows: torch.Tensor) -> torch.Tensor:
-        gate = self.strength * torch.sigmoid(self.gate(x[..., : self.gate.in_features]))
+        gate = self.strength * torch.sigmoid(self.gate(x))
         return x + torch.where(follows, gate * previous, 0.0).to(x.dtype)
 
     def _exchange(self, x: torch.Tensor, cache: Cache) -> torch.Tensor | None:

@@ -34,7 +34,7 @@ from .continuous_batching import TesseraContinuousBatching, exchange_token_ids
 from .decoding import can_capture, sample_captured
 from .feed_forward import TesseraMLP, TesseraMoE, load_balancing_loss
 from .fused_head import takes_fused_head, with_own_terms
-from .layers import TesseraRotaryEmbedding, TesseraSmear, make_norm
+from .layers import TesseraRotaryEmbedding, TesseraSmear, is_plain_linear, make_norm
 from .loss import linear_cross_entropy
 from .masks import make_masks
 from .multi_token import TesseraDrafts, hidden_ahead, targets_ahead, targets_of
@@ -47,7 +47,8 @@ class TesseraDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: TesseraConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        self.resid_pdrop = config.resid_pdrop
+        # Modules, and not numbers: TRL turns dropout off by setting theirs to zero.
+        self.dropout = nn.Dropout(config.resid_pdrop)
         attention = TesseraLatentAttention if config.attention_type == "latent" else TesseraAttention
         self.self_attn = attention(config, layer_idx)
         self.is_sparse = config.feed_forward_kind(layer_idx) == "sparse"
@@ -89,13 +90,13 @@ class TesseraDecoderLayer(GradientCheckpointingLayer):
             input_ids=input_ids,
             **kwargs,
         )
-        hidden_states = hidden_states + F.dropout(branch, p=self.resid_pdrop, training=self.training)
+        hidden_states = hidden_states + self.dropout(branch)
         normed, router_logits = self.post_attention_layernorm(hidden_states), None
         if self.is_sparse:
             branch, router_logits = self.mlp(normed, token_mask)
         else:
             branch = self.mlp(normed)
-        hidden_states = hidden_states + F.dropout(branch, p=self.resid_pdrop, training=self.training)
+        hidden_states = hidden_states + self.dropout(branch)
         return (hidden_states, router_logits) if output_router_logits else hidden_states
 
 
@@ -222,6 +223,7 @@ class TesseraModel(TesseraPreTrainedModel):
             nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
         )
         self.embed_norm = make_norm(config) if config.embedding_norm else None
+        self.dropout = nn.Dropout(config.embd_pdrop)
         self.smear = TesseraSmear(config) if config.smear else None
         self.layers = nn.ModuleList([TesseraDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
         self.norm = make_norm(config)
@@ -344,7 +346,7 @@ class TesseraModel(TesseraPreTrainedModel):
             embeds = embeds + self._learned_positions(positions)
         if self.embed_norm is not None:
             embeds = self.embed_norm(embeds)
-        return F.dropout(embeds, p=self.config.embd_pdrop, training=self.training)
+        return self.dropout(embeds)
 
     def _count_positions(
         self, embeds: torch.Tensor, attention_mask: torch.Tensor | dict | None, cache: Cache | None
@@ -513,14 +515,8 @@ class TesseraForCausalLM(TesseraContinuousBatching, TesseraPreTrainedModel, Gene
         return super()._sample(input_ids, *arguments, synced_gpus, streamer, **model_kwargs)
 
     def _head_is_plain(self) -> bool:
-        """Whether the head is its weight alone, and the loss the usual one.
-
-        An adapter, a quantised layer, a shard, or a hook that gathers or moves the weight has to be called.
-        """
-        head, weight = self.lm_head, self.lm_head.weight
-        hooked = head._forward_pre_hooks or head._forward_hooks or hasattr(head, "_hf_hook")
-        plain = type(head) is nn.Linear and type(weight) in (nn.Parameter, torch.Tensor) and not hooked
-        return plain and head.bias is None and self.loss_function is ForCausalLMLoss
+        """Whether the head is its weight alone, and the loss the usual one."""
+        return is_plain_linear(self.lm_head) and self.loss_function is ForCausalLMLoss
 
     def _loss_without_logits(
         self,

@@ -21,7 +21,7 @@ from transformers import initialization as init
 
 from .configuration_tessera import TesseraConfig
 from .feed_forward import TesseraExperts, TesseraRouter, TesseraUngatedExperts
-from .layers import TesseraSmear
+from .layers import TesseraGate, TesseraSmear
 
 
 def initialize(module: nn.Module, config: TesseraConfig) -> None:
@@ -42,6 +42,9 @@ def initialize(module: nn.Module, config: TesseraConfig) -> None:
     elif isinstance(module, TesseraUngatedExperts):
         _matrix(module.up_proj, "mlp_input", config)
         _matrix(module.down_proj, "residual_output", config)
+    elif isinstance(module, TesseraGate):
+        # Slightly positive, so that gates start a little above neutral (nanochat).
+        init.uniform_(module.weight, 0.0, 0.02)
     elif isinstance(module, TesseraSmear):
         init.zeros_(module.strength)
 
@@ -58,10 +61,7 @@ BACKOUT_START = 0.2  # nanochat
 def _matrix(weight: torch.Tensor, role: str, config: TesseraConfig, stacked: int = 1) -> None:
     """A matrix [..., out, in]; `stacked` matrices may share the output dimension."""
     fan_in, fan_out = weight.shape[-1], weight.shape[-2] // stacked
-    if role == "gate":
-        # Slightly positive, so that gates start a little above neutral (nanochat).
-        init.uniform_(weight, 0.0, 0.02)
-    elif config.initializer == "bytegpt":
+    if config.initializer == "bytegpt":
         bound = math.sqrt(6 / (fan_in + fan_out))
         init.uniform_(weight, -bound, bound)
     elif config.initializer == "nanochat":

@@ -125,8 +125,7 @@ class Workshop:
     Args:
         args: the run.
         resume: go on from the newest good checkpoint of `save_path`.
-        dropout: whether the model's dropout is used. Where two models are compared it must not be, and TRL's
-            own switch finds only modules of that name.
+        dropout: whether the model's dropout is used. Where two models are compared it must not be.
         ahead: whether layers for multi-token prediction, if the model has some, are trained on. Where the
             loss is not that of the next token, they have none of their own.
 
