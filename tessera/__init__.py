@@ -6,7 +6,7 @@ the model is imported when its name is first used here, or when transformers imp
 
 import importlib
 
-from ._registration import register_with_transformers
+from ._registration import register
 
 __version__ = "0.1.0"
 
@@ -35,4 +35,4 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-register_with_transformers()
+register()

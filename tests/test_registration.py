@@ -51,6 +51,9 @@ assert type(config) is tessera.TesseraConfig, type(config)
 assert type(model) is tessera.TesseraForCausalLM, type(model)
 assert tessera.TesseraConfig in MODEL_FOR_CAUSAL_LM_MAPPING
 assert MODEL_FOR_CAUSAL_LM_MAPPING[LlamaConfig].__name__ == "LlamaForCausalLM"
+waiting = [finder.actions for finder in sys.meta_path if type(finder).__module__.startswith("tessera")]
+assert [list(actions) for actions in waiting] == [["peft.utils.constants"]], waiting
+import peft
 assert not any(type(finder).__module__.startswith("tessera") for finder in sys.meta_path), sys.meta_path
 """
 
