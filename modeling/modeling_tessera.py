@@ -32,7 +32,7 @@ from .balancing import router_statistics
 from .configuration_tessera import TesseraConfig
 from .continuous_batching import TesseraContinuousBatching, exchange_token_ids
 from .decoding import can_capture, sample_captured
-from .feed_forward import TesseraMLP, TesseraMoE, load_balancing_loss
+from .feed_forward import TesseraMLP, TesseraMoE, TesseraRouter, load_balancing_loss
 from .fused_head import takes_fused_head, with_own_terms
 from .layers import TesseraRotaryEmbedding, TesseraSmear, is_plain_linear, make_norm
 from .loss import linear_cross_entropy
@@ -593,7 +593,9 @@ class TesseraForCausalLM(TesseraContinuousBatching, TesseraPreTrainedModel, Gene
                 be left out.
             attention_mask: as the model was given it.
         """
-        routers = [layer.mlp.gate for layer in self.model.layers if layer.is_sparse][: len(router_logits)]
+        # By class: an adapter may stand in front of a router.
+        found = [module for module in self.model.layers.modules() if isinstance(module, TesseraRouter)]
+        routers = found[: len(router_logits)]
         padding = None
         if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             new = router_logits[0].shape[0] // attention_mask.shape[0]
