@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import transformers
 from helpers.models import EVERY_MODEL, tiny_config, tiny_model
+from packaging.version import Version
 
 from tessera.modeling import masks
 
+OLD = Version(transformers.__version__) < Version("5.23")
 SPARSE = [name for name in EVERY_MODEL if tiny_config(name).n_routed_experts]
 
 
@@ -21,6 +24,9 @@ def step(forward, model, **arguments):
 
 
 def agree(model, **arguments):
+    if OLD and model.config.n_routed_experts:
+        # There, the library's stand-in for grouped products of fp32 cannot be traced backwards.
+        model.set_experts_implementation("batched_mm")
     torch._dynamo.reset()
     expected = step(model, model, **arguments)
     found = step(torch.compile(model, fullgraph=True, backend="aot_eager"), model, **arguments)
