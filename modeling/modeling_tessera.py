@@ -184,9 +184,14 @@ class TesseraPreTrainedModel(PreTrainedModel):
         """Saves the model; see the base class for the arguments.
 
         The configuration that is written claims no layers for multi-token prediction that the model does not
-        hold, and asks nobody to train them.
+        hold, and asks nobody to train them. Weights are written as they are in memory unless
+        `save_original_format=True` asks for those that were read.
         """
         config = self.config
+        if getattr(config, "quantization_config", None) is None:
+            # The library would turn FP8 weights that it decoded while loading into FP8 again, under a
+            # configuration that no longer says so.
+            kwargs.setdefault("save_original_format", False)
         fields = ("train_mtp", "num_mtp_layers", "mtp_layer_types", "mtp_mlp_layer_types")
         before = {name: getattr(config, name) for name in fields}
         config.train_mtp = False

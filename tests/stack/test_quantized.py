@@ -206,3 +206,6 @@ def test_an_fp8_checkpoint_loads_as_what_its_blocks_say(preset, tmp_path):
     out = model.generate(IDS[:1], max_new_tokens=4, min_new_tokens=4)
     assert out.shape == (1, 24)
     assert distance(logits(model), logits(plain)) < 0.03  # bf16
+    # Saved, it is the bf16 model that it has become.
+    model.save_pretrained(tmp_path / "decoded")
+    assert torch.equal(logits(load(tmp_path / "decoded", dtype="auto")), logits(model))
