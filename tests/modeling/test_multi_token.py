@@ -129,7 +129,7 @@ def test_sampled_drafts_leave_the_distribution_as_it_is():
     # A model of one decided next token: what is sampled must be that token, whatever was drafted.
     model = with_layers("llama-tiny")
     with torch.no_grad():
-        model.lm_head.weight.mul_(200)
+        model.lm_head.weight.mul_(1e5)
     prompt = torch.tensor([[3, 1, 4, 1, 5]])
     expected = model.generate(prompt, **GREEDY)
     sampled = model.generate(prompt, use_mtp=True, **{**GREEDY, "do_sample": True})

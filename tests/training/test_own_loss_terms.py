@@ -7,11 +7,13 @@ import torch
 from datasets import Dataset
 from helpers.models import tiny_config
 from helpers.weights import randomize
+from peft import LoraConfig
 from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from tessera import TesseraForCausalLM
+from tessera.training.own_loss import OwnLoss
 
 LENGTHS = [14, 6, 9, 20]  # two micro-batches of two rows, unevenly filled
 MODELS = {
@@ -40,7 +42,11 @@ def rows() -> list[dict]:
     return made
 
 
-def stock_trainer(model, tokenizer, folder, **given) -> SFTTrainer:
+class OwnSFTTrainer(OwnLoss, SFTTrainer):
+    """As `own_loss.py` says to write it."""
+
+
+def stock_trainer(model, tokenizer, folder, kind=SFTTrainer, adapters=None, **given) -> SFTTrainer:
     arguments = {
         "per_device_train_batch_size": 2,
         "learning_rate": 0.0,
@@ -55,8 +61,12 @@ def stock_trainer(model, tokenizer, folder, **given) -> SFTTrainer:
         **given,
     }
     dataset = Dataset.from_list(rows())
-    return SFTTrainer(
-        model, SFTConfig(str(folder), **arguments), train_dataset=dataset, processing_class=tokenizer
+    return kind(
+        model,
+        SFTConfig(str(folder), **arguments),
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=adapters,
     )
 
 
@@ -107,6 +117,39 @@ def test_sft_reports_the_terms_and_divides_them_by_the_tokens_of_the_whole_batch
     assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-3)
 
 
+def test_adapters_train_on_the_terms_too(tokenizer, tmp_path):
+    model = make_model("soft-cap, padded vocabulary")
+    own = copy.deepcopy(model)
+    adapters = LoraConfig(r=2, target_modules=["o_proj", "eh_proj"])
+    trainer = stock_trainer(model, tokenizer, tmp_path, adapters=adapters)
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    # Adapters start as if they were not there.
+    torch.testing.assert_close(loss, own(**batch, use_cache=False).loss)
+    loss.backward()
+    eh_proj = model.mtp_layers[0].eh_proj  # adapted in place
+    assert eh_proj.lora_B["default"].weight.grad.abs().max() > 0
+
+
+def test_the_own_loss_in_a_trainer_trains_as_the_stock_one(tokenizer, tmp_path):
+    """Two accumulated micro-batches a step; the optimizer's steps make the same weights."""
+
+    def train(kind):
+        model = make_model("soft-cap, padded vocabulary")
+        given = {"gradient_accumulation_steps": 2, "learning_rate": 1e-3, "max_steps": 2, "optim": "sgd"}
+        trainer = stock_trainer(model, tokenizer, tmp_path, kind, **given)
+        trainer.train()
+        logs = trainer.state.log_history
+        return model.state_dict(), [(log["loss"], log["num_tokens"]) for log in logs if "loss" in log], logs
+
+    expected, losses, logs = train(SFTTrainer)
+    found, own_losses, own_logs = train(OwnSFTTrainer)
+    torch.testing.assert_close(torch.tensor(own_losses), torch.tensor(losses), rtol=1e-3, atol=0)
+    assert "entropy" in logs[0] and "entropy" not in own_logs[0]
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
 def test_a_loss_that_weighs_tokens_by_probability_keeps_the_gradient_of_the_term(tokenizer, tmp_path):
     def gradient(**given):
         model = make_model("soft-cap, padded vocabulary")
@@ -129,6 +172,10 @@ def test_preferences_are_scored_without_our_terms():
         add_fused_lm_head(other, outputs=outputs)
         found = other(ids, labels=ids, fused_lm_head=True).log_probs
         torch.testing.assert_close(found, expected)
+    other.config.output_router_logits = True
+    scored = other(ids, labels=ids, fused_lm_head=True)
+    router_logits = other(ids, use_cache=False, output_router_logits=True).router_logits
+    torch.testing.assert_close(scored.aux_loss, other.balance_loss(router_logits, None))
     # And where they are added, whoever slices from the end does not see them.
     add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
     found = model(ids, labels=ids, fused_lm_head=True).log_probs
