@@ -97,7 +97,7 @@ def test_sft_has_the_loss_and_the_gradients_of_our_own_forward(name, packing, to
     expected = own(**batch, num_items_in_batch=count, use_cache=False).loss
     expected.backward()
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradients(model), gradients(own), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(gradients(model), gradients(own), rtol=1e-3, atol=1e-5)
     assert own.mtp_layers[0].eh_proj.weight.grad.abs().max() > 1e-4
     # Each term is worth something here.
     own.config.mtp_loss_coef = 0.0
