@@ -1,5 +1,7 @@
 """Caches beyond a growing one: compiled static ones, kept between turns, taken back, quantised, offloaded."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -59,6 +61,20 @@ def test_a_cache_kept_between_turns_gives_the_text_of_the_whole(name, kind):
         ids = generate(model, ids, past_key_values=cache, max_new_tokens=5)
         assert torch.equal(ids, expected)
         assert cache.get_seq_length() == ids.shape[1] - 1
+
+
+@pytest.mark.parametrize("name", ["bytegpt-tiny", "nanochat-tiny", "verse-tiny"])
+def test_one_cached_beginning_serves_many_prompts(name):
+    model, beginning = tiny_model(name), prompt(1, 9)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(beginning, past_key_values=cache)
+    ids = torch.cat([beginning.expand(3, -1), prompt(3, 4, seed=2)], dim=1)
+    copied = copy.deepcopy(cache)
+    copied.batch_repeat_interleave(3)
+    expected = generate(model, ids)
+    assert torch.equal(generate(model, ids, past_key_values=copied), expected)
+    assert torch.equal(generate(model, ids[:1], past_key_values=cache), expected[:1])
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from helpers.models import EVERY_MODEL, tiny_model
 from transformers import CompileConfig, GenerationConfig, GenerationMixin
 from transformers.generation import ContinuousBatchingConfig
 
-from tessera.modeling.continuous_batching import BatchGenerationError
+from tessera.modeling.continuous_batching import BatchGenerationError, paged_update
 
 NEW = 6
 # Presets away from EVERY_MODEL in what continuous batching has to keep for smear.
@@ -160,6 +160,11 @@ def test_requests_that_fail_are_named_with_the_reason_and_the_others_kept():
     assert f"{len(failed)} of 2 requests did not finish ({', '.join(failed)}): No requests can be" in str(
         error
     )
+
+
+def test_pages_read_by_index_refuse_a_block_table():
+    with pytest.raises(ValueError, match="set max_blocks_per_request=0"):
+        paged_update(None, torch.ones(1), torch.ones(1), 0, {"block_table": torch.ones(1)})
 
 
 def test_requests_without_an_answer_are_an_error(monkeypatch):
