@@ -8,16 +8,17 @@ TESSERA_SHARED ?= ../shared
 override VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.ready
-PYTEST := $(PY) -m pytest -q $(PYTEST_ARGS)
+PYTEST := $(PY) -m pytest -q $(PYTEST_ARGS) --ignore=tests/contract
 # The models of the tests are tiny: two processes of one thread each are faster than one of two. Where there is a
 # GPU they leave it alone, and compare in fp32 on the CPU as everywhere.
-PARALLEL := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(PYTEST) -n 2
+ON_CPU := CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
+PARALLEL := $(ON_CPU) $(PYTEST) -n 2
 
 NO_VENV := echo "make setup: $(PYTHON) cannot make a virtual environment with pip in it; install its venv module" \
     "(on Debian or Ubuntu: apt install python3-venv) and run this again" >&2; exit 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chain examples test test-shared test-slow test-gpu test-distributed test-browser lint wheel clean
+.PHONY: help setup demo chain examples test test-contract test-shared test-slow test-gpu test-distributed test-browser lint wheel clean
 
 help: ## list the targets
 	@awk -F ': .*## ' '/^[a-z-]+:.* ## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +60,10 @@ examples: setup ## the stages one by one, as short programs; what an earlier cal
 test: setup ## the tests that need nothing but a CPU (PYTEST_ARGS: further options)
 	$(PARALLEL) -m "not slow and not gpu and not distributed and not shared and not browser"
 
+test-contract: setup ## transformers' own common tests over the dialects (TRANSFORMERS_TESTS: a checkout that has more of them)
+	PYTHONPATH=tests $(PY) tests/contract/upstream.py
+	$(ON_CPU) $(PY) -m pytest -q -n 2 $(PYTEST_ARGS) tests/contract
+
 test-shared: setup ## compare with the golden vectors and data in TESSERA_SHARED (../shared)
 	@[ -d "$(TESSERA_SHARED)" ] || { \
 	    echo "make test-shared: no folder '$(TESSERA_SHARED)'; name the one with the golden vectors with" \
@@ -89,5 +94,5 @@ wheel: setup ## build the source distribution and the wheel into dist/
 	@ls -l dist
 
 clean: ## remove builds and caches (.venv and runs/ stay)
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .cache .pytest_cache .ruff_cache
 	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

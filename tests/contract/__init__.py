@@ -1,0 +1,1 @@
+"""transformers' own common tests, run over the five dialects (`make test-contract`)."""
