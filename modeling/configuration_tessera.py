@@ -18,7 +18,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .rope_parameters import require_original_length, share_that_truncates_to, validate_rope_parameters
+from .rope_parameters import require_type_and_length, share_that_truncates_to, validate_rope_parameters
 
 # One letter a layer, tiled over the depth: `layer_types="SSSL"`, `mlp_layer_types="DS"`.
 ATTENTION_LETTERS = {"S": "sliding_attention", "L": "full_attention"}
@@ -94,7 +94,7 @@ class TesseraConfig(PreTrainedConfig):
             attend in latent space, or choose for each call by cost.
         position_embedding_type (`"rope"`, `"learned"` or `"none"`).
         rope_parameters (`dict`, *optional*): Hugging Face's rotary parameters: `rope_type` (default, linear,
-            yarn, llama3), `rope_theta`, `factor`, ...
+            dynamic, yarn, llama3), `rope_theta`, `factor`, ...
         rope_interleave (`bool`): pairs are (0, 1), (2, 3), ... instead of (0, d/2), (1, d/2 + 1), ...
         rope_reverse (`bool`): rotate by minus theta, as nanochat does.
         norm_type (`"rms_norm"` or `"layer_norm"`), norm_weight (`bool`), rms_norm_eps (`float`): every norm
@@ -267,7 +267,7 @@ class TesseraConfig(PreTrainedConfig):
             raise ValueError(
                 f"rope_parameters holds for all layers alike, and cannot be given by layer type ({nested[0]})"
             )
-        require_original_length(self.rope_parameters)
+        require_type_and_length(self.rope_parameters)
         self._validate_heads()
         if self.attention_type == "latent":
             # The head as transformers' paged cache sees it, of which the last part is rotated.
@@ -281,6 +281,21 @@ class TesseraConfig(PreTrainedConfig):
 
         super().__post_init__(**kwargs)
         self.validate_architecture()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        padded_to = self.__dict__.get("padded_vocab_size")
+        unpadded = padded_to is not None and padded_to == self.__dict__.get("vocab_size")
+        super().__setattr__(name, value)
+        if name == "vocab_size" and unpadded:
+            self.padded_vocab_size = value
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a dictionary.
+
+        An attribute that some library has set on the configuration is no field and stays behind: with it, a
+        saved configuration would be refused when loaded.
+        """
+        return {name: value for name, value in super().to_dict().items() if self._takes(name)}
 
     # ---- derived sizes ----
 
@@ -351,12 +366,16 @@ class TesseraConfig(PreTrainedConfig):
             _require_dtype(name, self.dtype if name == "dtype" else kwargs.get(name))
         names = sorted({f.name for f in fields(self)} | set(self.attribute_map))
         for name in kwargs:
-            library_property = getattr(getattr(type(self), name, None), "fset", None) is not None
-            if name in _LIBRARY_KWARGS or name.startswith("_") or library_property:
+            if self._takes(name):
                 continue
             close = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ""
             raise ValueError(f"TesseraConfig has no field '{name}'{hint}")
+
+    def _takes(self, name: str) -> bool:
+        """Whether a configuration can be built with this keyword: a field, or what the library passes."""
+        is_field = name in self.__dataclass_fields__ or name in _LIBRARY_KWARGS or name.startswith("_")
+        return is_field or getattr(getattr(type(self), name, None), "fset", None) is not None
 
     def _require_sizes(self) -> None:
         for name in (
@@ -504,6 +523,10 @@ class TesseraConfig(PreTrainedConfig):
                 f"rotary positions turn pairs of channels: the rotated width of a head must be even, got "
                 f"{self.rotary_dim} (head_dim {self.head_dim}"
                 + (f", qk_rope_head_dim {self.qk_rope_head_dim})" if self.attention_type == "latent" else ")")
+            )
+        if self.rope_parameters["rope_type"] == "dynamic" and self.rotary_dim < 4:
+            raise ValueError(
+                f"rope_type 'dynamic' needs at least 4 rotated channels a head, got {self.rotary_dim}"
             )
         # The library's scaling functions go by these two.
         if int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0)) != self.rotary_dim:

@@ -45,8 +45,41 @@ def make_norm(config: TesseraConfig, size: int | None = None) -> nn.Module:
     return TesseraRMSNorm(size, eps=config.rms_norm_eps, weight=config.norm_weight)
 
 
+def find_rows(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The ids behind embeddings: which row of `table` each of them is.
+
+    Rows are compared by a hash of their bits, so that nothing of size tokens x vocabulary is made.
+
+    Args:
+        x: [B, T, C], each a row of `table`.
+        table: [V, C].
+
+    Returns:
+        Ids [B, T]; of equal rows, any.
+
+    Raises:
+        ValueError: if an embedding is no row of the table; a compiled model does not look.
+    """
+    sought, table = x.detach().to(table.dtype), table.detach()
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[table.element_size()]
+    # One odd factor for each channel, mixed as SplitMix64 does (Steele et al., 2014).
+    factors = torch.arange(1, table.shape[1] + 1, device=table.device) * -7046029254386353131
+    factors = (factors ^ (factors >> 30)) * -4658895280553007687 | 1
+    # In parts: as integers of 64 bits a large table would be several times its own size.
+    hashes = torch.cat([(rows.view(bits).long() * factors).sum(-1) for rows in table.split(4096)])
+    ordered, order = hashes.sort()
+    found = torch.searchsorted(ordered, (sought.contiguous().view(bits).long() * factors).sum(-1))
+    ids = order[found.clamp(max=len(order) - 1)]
+    if not torch.compiler.is_compiling() and not torch.equal(table[ids], sought):
+        raise ValueError(
+            "this model has value embeddings, which need input_ids; inputs_embeds can only replace them "
+            "where each is a row of the embedding table"
+        )
+    return ids
+
+
 class TesseraRotaryEmbedding(nn.Module):
-    """Cosines and sines of rotary positions (Su et al., 2021), with linear, YaRN or llama3 scaling.
+    """Cosines and sines of rotary positions (Su et al., 2021), with linear, dynamic, YaRN or llama3 scaling.
 
     transformers recomputes `inv_freq` after loading for any class of this name and with these buffers.
     """
@@ -75,12 +108,27 @@ class TesseraRotaryEmbedding(nn.Module):
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [B, T, rotary_dim / 2] in the dtype of `x`, for positions [B, T]."""
         inv_freq = self.inv_freq.to(device=x.device, dtype=torch.float32)
+        if self.rope_type == "dynamic":
+            inv_freq = inv_freq * self._stretch(position_ids)
         sign = -1.0 if self.config.rope_reverse else 1.0
         # An exported program has to run where this package is not.
         exporting = torch.compiler._is_exporting_flag
         once = torch.compiler.is_compiling() and not exporting and position_ids.shape[-1] > 1
         compute = torch.ops.tessera.rotary_tables if once else rotary_tables
         return compute(position_ids, inv_freq, self.attention_scaling, sign * self.attention_scaling, x.dtype)
+
+    def _stretch(self, position_ids: torch.Tensor) -> torch.Tensor:
+        """Factors [rotary_dim / 2] on the frequencies, for contexts longer than the model's own.
+
+        Dynamic NTK scaling, as in transformers: the base grows with the longest position in sight. It is
+        computed anew at each call instead of kept, so that a call does not depend on those before it.
+        """
+        longest, dim = self.config.max_position_embeddings, self.config.rotary_dim
+        factor = self.config.rope_parameters["factor"]
+        length = (position_ids.max() + 1).clamp(min=longest).float()
+        growth = factor * length / longest - (factor - 1)
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / (dim - 2)
+        return growth**-exponents
 
 
 def rotary_tables(

@@ -34,7 +34,7 @@ from .continuous_batching import TesseraContinuousBatching, exchange_token_ids
 from .decoding import can_capture, sample_captured
 from .feed_forward import TesseraMLP, TesseraMoE, TesseraRouter, load_balancing_loss
 from .fused_head import takes_fused_head, with_own_terms
-from .layers import TesseraRotaryEmbedding, TesseraSmear, is_plain_linear, make_norm
+from .layers import TesseraRotaryEmbedding, TesseraSmear, find_rows, is_plain_linear, make_norm
 from .loss import linear_cross_entropy
 from .masks import make_masks
 from .multi_token import TesseraDrafts, hidden_ahead, targets_ahead, targets_of
@@ -63,12 +63,12 @@ class TesseraDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
+        embedded: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        embedded: torch.Tensor | None = None,
         input_ids: torch.Tensor | None = None,
         output_router_logits: bool = False,
         token_mask: torch.Tensor | None = None,
@@ -148,7 +148,6 @@ class TesseraPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _can_record_outputs = {
         "hidden_states": TesseraDecoderLayer,
         "attentions": [
@@ -163,6 +162,9 @@ class TesseraPreTrainedModel(PreTrainedModel):
         # these patterns.
         ahead = range(config.num_hidden_layers, config.num_hidden_layers + config.num_mtp_layers)
         self._keys_to_ignore_on_load_unexpected = [rf"layers\.{i}\." for i in ahead]
+        # Only where it is there: the library asks for a module of each name.
+        in_fp32 = {"e_score_correction_bias"} if config.router_correction_bias else set()
+        self._keep_in_fp32_modules_strict = in_fp32
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -260,8 +262,8 @@ class TesseraModel(TesseraPreTrainedModel):
             position_ids: [B, T]. Where they restart, a new document begins that does not see those before it.
                 Default: count the tokens that are not padding.
             past_key_values: cache, extended in place.
-            inputs_embeds: [B, T, C] instead of `input_ids`; not for models with value embeddings, which look
-                tokens up in every layer.
+            inputs_embeds: [B, T, C] instead of `input_ids`. A model with value embeddings, which looks tokens
+                up in every layer, takes only rows of its embedding table.
             use_cache: whether to return a cache.
             output_router_logits: whether to return the logits [B T, E] of each router, which a compiler can
                 trace here, as it cannot the library's recording.
@@ -269,14 +271,12 @@ class TesseraModel(TesseraPreTrainedModel):
 
         Raises:
             ValueError: if not exactly one of `input_ids` and `inputs_embeds` is given, if value embeddings
-                lack ids, or if learned positions run past their table.
+                cannot tell the ids, or if learned positions run past their table.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if input_ids is None and self.config.value_embedding_interval is not None:
-            raise ValueError(
-                "this model has value embeddings, which need input_ids; inputs_embeds alone cannot work"
-            )
+            input_ids = find_rows(inputs_embeds, self.embed_tokens.weight)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
 
@@ -308,14 +308,15 @@ class TesseraModel(TesseraPreTrainedModel):
         token_mask = attention_mask[:, -x.shape[1] :] if padded else None
         embedded, middle, router_logits = x, None, ()
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            # By position: reentrant checkpointing gives no gradient to keyword arguments.
             x = layer(
                 x,
+                embedded,
                 attention_mask=masks[self.config.layer_types[i]],
                 position_ids=positions,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
-                embedded=embedded,
                 input_ids=input_ids,
                 output_router_logits=output_router_logits,
                 token_mask=token_mask,

@@ -7,10 +7,15 @@ import difflib
 import math
 from typing import Any
 
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
 # rope_type -> keys that it needs and keys that it may have, beside those in _ROPE_KEYS.
 _ROPE_TYPES = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
+    "dynamic": ({"factor"}, set()),
     "yarn": (
         {"factor", "original_max_position_embeddings"},
         {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
@@ -20,7 +25,8 @@ _ROPE_TYPES = {
         set(),
     ),
 }
-_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+_SCALING_KEYS = set().union(*(needed | optional for needed, optional in _ROPE_TYPES.values())) - _ROPE_KEYS
 
 # key -> what its value must be, and the check; every other key is a positive number.
 _ROPE_VALUES = {
@@ -58,15 +64,19 @@ def validate_rope_parameters(given: dict[str, Any]) -> None:
         )
     needed, optional = _ROPE_TYPES[rope_type]
     known = sorted(needed | optional | _ROPE_KEYS)
+    idle = sorted(key for key in given if key not in known and key in _SCALING_KEYS)
+    if idle:
+        # Left behind by a change of type; the library warns too.
+        logger.warning_once(f"rope_parameters: rope_type '{rope_type}' does not use {', '.join(idle)}")
     for key in given:
-        if key not in known:
+        if key not in known and key not in idle:
             close = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean '{close[0]}'?" if close else ""
             raise ValueError(f"rope_parameters: rope_type '{rope_type}' has no key '{key}'{hint}")
     missing = sorted((needed | {"rope_type", "rope_theta"}) - given.keys())
     if missing:
         raise ValueError(f"rope_parameters: rope_type '{rope_type}' needs {', '.join(missing)}")
-    for key in given.keys() - {"rope_type", "type"}:
+    for key in given.keys() - {"rope_type", "type", *idle}:
         expected, fits = _ROPE_VALUES.get(key, ("a positive number", _is_positive))
         if not fits(given[key]):
             raise ValueError(f"rope_parameters: {key} must be {expected}, got {given[key]!r}")
@@ -79,13 +89,18 @@ def validate_rope_parameters(given: dict[str, Any]) -> None:
             )
 
 
-def require_original_length(given: dict[str, Any]) -> None:
-    """Refuses a scaling without the length that it scales from; the library would take the new one for it.
+def require_type_and_length(given: dict[str, Any]) -> None:
+    """Refuses a scaling without its type, or without the length that it scales from.
+
+    The library would take the type for "default" and the new length for the original one, and scale nothing.
 
     Raises:
         ValueError: with the key.
     """
     rope_type = given.get("rope_type", given.get("type"))
+    scaling = sorted(key for key in given if key in _SCALING_KEYS)
+    if scaling and "rope_type" not in given and "type" not in given:
+        raise ValueError(f"rope_parameters has {', '.join(scaling)} but no rope_type that uses it")
     if rope_type in ("yarn", "llama3") and given.get("original_max_position_embeddings") is None:
         raise ValueError(f"rope_parameters: rope_type '{rope_type}' needs original_max_position_embeddings")
 

@@ -132,13 +132,14 @@ REFUSED = [
     (rope(partial_rotary_factor=2.0), "partial_rotary_factor must be a number in"),
     (rope(partial_rotary_factor=None), "partial_rotary_factor must be a number in"),
     (
-        rope(rope_type="dynamic", factor=2.0),
-        "rope_type must be one of default, linear, yarn, llama3; got 'dyn",
+        rope(rope_type="longrope", factor=2.0),
+        "rope_type must be one of default, linear, dynamic, yarn, llama3; got 'long",
     ),
     (rope(rope_type=None), "rope_type must be one of .* got None"),
     (rope(rope_type=["yarn"]), "rope_type must be one of"),
     (rope(theta=5), "rope_type 'default' has no key 'theta'; did you mean 'rope_theta'"),
-    (rope(**LINEAR, beta_fast=32), "rope_type 'linear' has no key 'beta_fast'"),
+    (rope(factor=2.0), "rope_parameters has factor but no rope_type that uses it"),
+    ({"head_dim": 2, **rope(rope_type="dynamic", factor=2.0)}, "'dynamic' needs at least 4 rotated channels"),
     ({"rope_parameters": {1: 2}}, "rope_type 'default' has no key '1'"),
     (rope(full_attention={"rope_theta": 9.0}), "cannot be given by layer type"),
     (rope(rope_type="linear"), "rope_type 'linear' needs factor"),
@@ -338,6 +339,26 @@ def test_rope_scaling_of_older_files_is_understood():
     assert (config.rope_parameters["factor"], config.rope_parameters["rope_theta"]) == (3.0, 500.0)
 
 
+def test_keys_of_another_rope_type_change_nothing_and_survive_a_round_trip():
+    config = build(**rope(**LINEAR, beta_fast=32))
+    assert TesseraConfig.from_dict(config.to_dict()).rope_parameters == config.rope_parameters
+    with torch.device("meta"):
+        assert TesseraForCausalLM(config).model.rotary_emb.rope_type == "linear"
+
+
+def test_the_padded_vocabulary_follows_a_vocabulary_without_padding():
+    config, padded = build(), build(padded_vocab_size=64)
+    config.vocab_size = padded.vocab_size = 40
+    assert (config.padded_vocab_size, padded.padded_vocab_size) == (40, 64)
+
+
+def test_an_attribute_that_a_library_sets_is_not_saved(tmp_path):
+    config = build()
+    config.layer_norm_epsilon = 1.0
+    config.save_pretrained(tmp_path)
+    assert not hasattr(TesseraConfig.from_pretrained(tmp_path), "layer_norm_epsilon")
+
+
 def test_a_given_dictionary_is_left_alone():
     given = {"rope_type": "default"}
     build(**LATENT, rope_parameters=given)
@@ -351,7 +372,7 @@ STALE = [
     ({}, "head_dim", None, "head_dim cannot be null"),
     ({}, "num_key_value_heads", 4, "must be a multiple of num_key_value_heads"),
     ({}, "hidden_size", -1, "hidden_size must be at least 1"),
-    ({}, "vocab_size", 64, r"padded_vocab_size \(32\) is smaller than vocab_size \(64\)"),
+    ({"padded_vocab_size": 48}, "vocab_size", 64, r"padded_vocab_size \(48\) is smaller than vocab_size"),
     ({}, "rope_parameters", {}, "rope_type 'default' needs rope_theta, rope_type"),
     (LATENT, "qk_rope_head_dim", 8, r"head_dim \(8\) is not that of the latent sizes \(12\)"),
     (EXPERTS, "num_experts", 1, "num_experts_per_tok must lie between 1"),

@@ -27,6 +27,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "intermediate_size": 96}
 LATENT = {
@@ -221,6 +222,29 @@ def test_loss_and_gradient_of_the_embedding_equal(pair):
         loss.backward()
         results.append((loss.detach(), model.get_input_embeddings().weight.grad))
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("step", [1, 40])
+def test_dynamic_scaling_equals_llama_past_its_longest_context(step):
+    """Whole rows and token by token differ with this scaling; so each is compared with the same of theirs."""
+    sizes = {
+        **SIZES,
+        "max_position_embeddings": 16,
+        "intermediate_size": 96,
+        "rope_parameters": dict(DYNAMIC),
+    }
+    theirs = randomize(transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)))
+    ours = load_all(TesseraForCausalLM(TesseraConfig(**sizes)), theirs.state_dict())
+    results = []
+    for model in (theirs, ours):
+        cache, logits = None, []
+        for part in batch().split(step, dim=1):
+            out = model(part, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            logits.append(out.logits)
+        results.append(torch.cat(logits, 1))
+    torch.testing.assert_close(*results, atol=TOLERANCE, rtol=0)
 
 
 def test_load_balancing_loss_equals_qwen3_moe():

@@ -173,15 +173,16 @@ def test_token_classification_learns_from_every_token(name):
     torch.testing.assert_close(out.loss, expected, atol=1e-5, rtol=1e-4)
 
 
-def test_value_embeddings_refuse_embeddings_without_ids():
+def test_value_embeddings_refuse_embeddings_of_no_token():
     model = tiny_model("nanochat-tiny")
     with pytest.raises(ValueError, match="value embeddings, which need input_ids"):
         model(inputs_embeds=torch.zeros(1, 4, model.config.hidden_size))
 
 
-@pytest.mark.parametrize("name", ["llama-tiny", "bytegpt-tiny", "gpt2-tiny"])
-def test_inputs_embeds_equal_ids(name):
-    model = tiny_model(name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", DIALECTS)
+def test_inputs_embeds_equal_ids(name, dtype):
+    model = tiny_model(name).to(dtype)
     with torch.no_grad():
         expected = model(prompt()).logits
         logits = model(inputs_embeds=model.get_input_embeddings()(prompt())).logits

@@ -150,13 +150,14 @@ def test_experts_are_grouped_by_default():
     assert tiny_model(SPARSE[0]).config._experts_implementation == "grouped_mm"
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", EVERY_MODEL)
-def test_gradient_checkpointing_changes_nothing(name):
+def test_gradient_checkpointing_changes_nothing(name, reentrant):
     results = []
     for checkpointing in (False, True):
         model = tiny_model(name, **({"router_aux_loss_coef": 0.1} if name in SPARSE else {})).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             assert all(layer.gradient_checkpointing for layer in model.model.layers)
         out = model(tokens(), labels=tokens())
         out.loss.backward()
