@@ -24,6 +24,8 @@ DIALECTS = {
             "v_head_dim": 8,
             "intermediate_size": 48,
             "moe_intermediate_size": 16,
+            # Without it there is nothing for the tests of what stays in fp32.
+            "router_correction_bias": True,
         },
     ),
     "llama": ("llama-tiny", {"intermediate_size": 48}),

@@ -110,7 +110,13 @@ def _copy(tests: Path, target: Path, source: str) -> None:
             (package / path).write_text(text, encoding="utf-8")
     for folder in (package, *(path for path in package.iterdir() if path.is_dir())):
         (folder / "__init__.py").touch()
-    # The pipeline tests read both when imported: the list of the Hub's tiny models, and the library itself.
+    # The tokenizer tests read a text when they start, and then make no use of it.
+    (package / "fixtures").mkdir(exist_ok=True)
+    (package / "fixtures" / "sample_text.txt").write_text("A text.", encoding="utf-8")
+    if (tests.parent / "utils" / "test_module").is_dir():
+        # The pipeline tests of a checkout import it from beside the tests.
+        shutil.copytree(tests.parent / "utils" / "test_module", target / "utils" / "test_module")
+    # They also read both of these when imported: the list of the Hub's tiny models, and the library itself.
     summary = target / "tests" / "utils" / "tiny_model_summary.json"
     summary.parent.mkdir(parents=True)
     summary.write_text("{}", encoding="utf-8")
