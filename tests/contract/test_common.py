@@ -30,10 +30,8 @@ class _Contract(ModelTesterMixin, GenerationTesterMixin, TrainingTesterMixin):
             # One more layer of the cache holds the embeddings; the check is of those with keys and values.
             past_key_values = copy.copy(past_key_values)
             *past_key_values.layers, embeddings = past_key_values.layers
-            assert (
-                embeddings.keys.shape[:2] == (batch_size, 1)
-                and embeddings.keys.shape[-1] == config.hidden_size
-            )
+            batch, heads, _, width = embeddings.keys.shape
+            self.assertEqual((batch, heads, width), (batch_size, 1, config.hidden_size))
         super()._check_past_key_values_for_generate(batch_size, past_key_values, seq_length, config)
 
 
