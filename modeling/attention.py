@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_tessera import TesseraConfig
 from .continuous_batching import paged_update
 from .layers import TesseraGate, TesseraRMSNorm, apply_rotary, is_plain_linear, make_norm
+from .parallel_plans import is_split, local_part
 
 
 def masked_softmax(
@@ -243,9 +244,10 @@ class TesseraLatentAttention(_Attention):
         if not paged and self.absorbs(query.shape[2], latent.shape[2], attention_mask):
             out, probabilities = self._attend_absorbed(q_nope, q_rope, latent, k_rope, attention_mask)
         else:
-            expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            heads = (-1, self.nope_dim + self.v_dim)  # a rank may hold some of the heads only
+            expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, heads).transpose(1, 2)
             k_nope, value = expanded.split([self.nope_dim, self.v_dim], dim=-1)
-            key = torch.cat([k_nope, k_rope.expand(-1, self.num_heads, -1, -1)], dim=-1)
+            key = torch.cat([k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)], dim=-1)
             query = torch.cat([q_nope, q_rope], dim=-1)
             if paged:
                 # The paged cache has one width for keys and values.
@@ -263,7 +265,13 @@ class TesseraLatentAttention(_Attention):
         an adapter or a quantised layer in its place, the expansion must go through that.
         """
         mode = self.config.latent_attention_mode
-        if mode == "naive" or not is_plain_linear(self.kv_b_proj):
+        if type(self.kv_b_proj) is nn.Linear and is_split(self.kv_b_proj.weight):
+            # A rank's part is the rows of its heads; but gradients of the latent are added up over the ranks
+            # where it enters `kv_b_proj`.
+            plain = not torch.is_grad_enabled()
+        else:
+            plain = is_plain_linear(self.kv_b_proj)
+        if mode == "naive" or not plain:
             return False
         plain_mask = self.config._attn_implementation in ("eager", "sdpa")
         plain_mask = plain_mask and not isinstance(attention_mask, BlockMask)
@@ -281,12 +289,12 @@ class TesseraLatentAttention(_Attention):
             query = self.q_proj(hidden_states)
         else:
             query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
-        return query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return query.unflatten(-1, (-1, self.nope_dim + self.rope_dim)).transpose(1, 2)
 
     def _attend_absorbed(
         self, q_nope, q_rope, latent, k_rope, attention_mask
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        expand = self.kv_b_proj.weight.view(self.num_heads, self.nope_dim + self.v_dim, self.rank)
+        expand = local_part(self.kv_b_proj.weight).view(-1, self.nope_dim + self.v_dim, self.rank)
         expand_key, expand_value = expand.split([self.nope_dim, self.v_dim], dim=1)  # [H, D, R]
         new = q_nope.shape[2]
         if attention_mask is None and new > 1:

@@ -18,6 +18,12 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .parallel_plans import (
+    expert_parallel_plan,
+    pipeline_plan,
+    sharded_data_plan,
+    tensor_parallel_plan,
+)
 from .rope_parameters import require_type_and_length, share_that_truncates_to, validate_rope_parameters
 
 # One letter a layer, tiled over the depth: `layer_types="SSSL"`, `mlp_layer_types="DS"`.
@@ -346,6 +352,37 @@ class TesseraConfig(PreTrainedConfig):
         # Where transformers cuts the rows of the head that are no tokens.
         config.unpadded_vocab_size = self.vocab_size
         return config
+
+    # ---- plans for transformers' distributed engine; see `parallel_plans.py` ----
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Styles of tensor parallelism by module."""
+        return tensor_parallel_plan(self)
+
+    @base_model_tp_plan.setter
+    def base_model_tp_plan(self, plan: dict[str, str]) -> None:
+        # Some versions of transformers write the plan of a tied model back, with the rule of the embedding.
+        if plan != self.base_model_tp_plan:
+            raise ValueError(
+                "base_model_tp_plan follows from the other fields; pass a plan of your own as tp_plan in a "
+                "DistributedConfig"
+            )
+
+    @property
+    def base_model_ep_plan(self) -> dict[str, str] | None:
+        """Styles of expert parallelism by module; None without experts."""
+        return expert_parallel_plan(self)
+
+    @property
+    def base_model_pp_plan(self) -> dict[str, tuple[list[str], list[str]]] | None:
+        """Inputs and outputs of the modules that pipeline stages are cut between; None where none can be."""
+        return pipeline_plan(self)
+
+    @property
+    def base_model_fsdp_plan(self) -> dict[str, str]:
+        """Modules whose weights FSDP gathers together."""
+        return sharded_data_plan(self)
 
     # ---- what cannot work ----
 

@@ -7,6 +7,7 @@ here: how the parts are joined, and the contract with transformers (masks, cache
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,8 @@ from .layers import TesseraRotaryEmbedding, TesseraSmear, find_rows, is_plain_li
 from .loss import linear_cross_entropy
 from .masks import make_masks
 from .multi_token import TesseraDrafts, hidden_ahead, targets_ahead, targets_of
+from .parallel_plans import require_splittable
+from .parallel_styles import HeadNormParallel  # noqa: F401  (registers it)
 from .weight_init import BACKOUT_START, initialize, residual_scalar_start
 
 
@@ -141,7 +144,7 @@ class TesseraPreTrainedModel(PreTrainedModel):
     config: TesseraConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TesseraDecoderLayer", "TesseraMTPLayer"]
+    _no_split_modules = ["TesseraDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -181,6 +184,44 @@ class TesseraPreTrainedModel(PreTrainedModel):
             init.constant_(module.embedding_scale, embedding)
         elif isinstance(module, TesseraModel) and module.backout_scale is not None:
             init.constant_(module.backout_scale, BACKOUT_START)
+
+    @classmethod
+    def maybe_distribute_model(cls, model: nn.Module, distributed_config: Any, *args, **kwargs) -> nn.Module:
+        """Splits a model that has no weights yet, as the base class does, after a look at its sizes.
+
+        Raises:
+            ValueError: if they cannot be split; see `require_splittable`.
+        """
+        if distributed_config is not None:
+            require_splittable(model.config, distributed_config)
+            # FSDP pads a tensor that the ranks do not divide; tied later, the two names get two paddings, of
+            # which one goes on with the weights of the first step. Tensor parallelism splits name by name.
+            if (distributed_config.fsdp_size or 1) > 1 and distributed_config.tp_size == 1:
+                model.tie_weights()
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+
+    def gather_sharded_state_dict_for_save(
+        self, model_to_save: PreTrainedModel, state_dict: dict[str, Any], distributed_config: Any, **kwargs
+    ) -> dict[str, Any]:
+        """Whole tensors from the ranks' parts, as the base class gathers them, and tied ones once.
+
+        The library saves one of two names that share a tensor; gathered, they share nothing any more.
+
+        Raises:
+            ValueError: for a stage of a pipeline, which has no others' layers to save.
+        """
+        if distributed_config is not None and (distributed_config.pp_size or 1) > 1:
+            raise ValueError(
+                "a stage of a pipeline holds some of the layers; load the model without pp_size to save it"
+            )
+        gathered = super().gather_sharded_state_dict_for_save(
+            model_to_save, state_dict, distributed_config, **kwargs
+        )
+        if gathered is not state_dict:
+            for name, source in model_to_save.all_tied_weights_keys.items():
+                if name in gathered and source in gathered and torch.equal(gathered[name], gathered[source]):
+                    del gathered[name]
+        return gathered
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """Saves the model; see the base class for the arguments.
@@ -294,8 +335,10 @@ class TesseraModel(TesseraPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        x = self._enter(inputs_embeds, positions)
-        if self.smear is not None:
+        # A later stage of a pipeline has no first layer, and is given the hidden states of the stage before.
+        continues = isinstance(self.layers[0], nn.Identity)
+        x = inputs_embeds if continues else self._enter(inputs_embeds, positions)
+        if self.smear is not None and not continues:
             before = None
             if paged is not None:
                 ids = exchange_token_ids(self.config, input_ids, paged, kwargs)
@@ -308,6 +351,11 @@ class TesseraModel(TesseraPreTrainedModel):
         token_mask = attention_mask[:, -x.shape[1] :] if padded else None
         embedded, middle, router_logits = x, None, ()
         for i, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            if isinstance(layer, nn.Identity):
+                # A layer of another stage. Masks and positions go by the first layers' lengths in the cache.
+                if past_key_values is not None:
+                    past_key_values.update(x[:, None, :, :1], x[:, None, :, :0], i)
+                continue
             # By position: reentrant checkpointing gives no gradient to keyword arguments.
             x = layer(
                 x,
@@ -377,6 +425,9 @@ class TesseraForCausalLM(TesseraContinuousBatching, TesseraPreTrainedModel, Gene
     """The decoder with a language-modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: TesseraConfig):
         super().__init__(config)
@@ -385,7 +436,15 @@ class TesseraForCausalLM(TesseraContinuousBatching, TesseraPreTrainedModel, Gene
         self.lm_head.init_role = "head"
         if config.train_mtp:
             self.model.layers.extend(TesseraMTPLayer(config, depth) for depth in range(config.num_mtp_layers))
+            # Accelerate refuses to wrap a class that the model does not have.
+            self._no_split_modules = [*self._no_split_modules, "TesseraMTPLayer"]
         self.post_init()
+
+    def init_parallel_plans(self) -> None:
+        """Joins the plans of the class and of the base model; see `sharded_data_plan` for a tied head."""
+        super().init_parallel_plans()
+        if self.config.tie_word_embeddings:
+            self._fsdp_plan.pop("lm_head")
 
     @property
     def mtp_layers(self) -> nn.ModuleList:
