@@ -62,7 +62,7 @@ test: setup ## the tests that need nothing but a CPU (PYTEST_ARGS: further optio
 
 test-contract: setup ## transformers' own common tests over the dialects (TRANSFORMERS_TESTS: a checkout that has more of them)
 	PYTHONPATH=tests $(PY) tests/contract/upstream.py
-	$(ON_CPU) $(PY) -m pytest -q -n 2 $(PYTEST_ARGS) tests/contract
+	$(ON_CPU) $(PY) -m pytest -q -n 2 $(PYTEST_ARGS) -m "not distributed" tests/contract
 
 test-shared: setup ## compare with the golden vectors and data in TESSERA_SHARED (../shared)
 	@[ -d "$(TESSERA_SHARED)" ] || { \
@@ -78,6 +78,8 @@ test-gpu: setup ## the tests that need a CUDA GPU
 
 test-distributed: setup ## the tests that start several processes
 	$(PYTEST) -m "distributed and not gpu"
+	PYTHONPATH=tests $(PY) tests/contract/upstream.py
+	$(ON_CPU) $(PY) -m pytest -q $(PYTEST_ARGS) -m distributed tests/contract
 
 test-browser: setup ## the chat page in a headless Chromium (Debian: apt install chromium chromium-driver)
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
