@@ -68,12 +68,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if softcap is not None:
                 bent = torch.tanh(logits / softcap)
                 logits = softcap * bent
-            # Of one pass over the logits when compiled, where logsumexp is of two.
-            log_probs = logits.log_softmax(1)
-            loss = loss - torch.where(counted, log_probs.gather(1, target), 0.0).sum()
+            # Not log_softmax: compiled, that is slower by 1 % of a step at 135M parameters.
+            normalizer = logits.logsumexp(1, keepdim=True)
+            loss = loss + torch.where(counted, normalizer - logits.gather(1, target), 0.0).sum()
             if not (of_hidden or of_weight):
                 continue
-            grad = log_probs.exp() - (ids == target).to(wide)
+            grad = (logits - normalizer).exp() - (ids == target).to(wide)
             if softcap is not None:
                 grad = grad * (1 - bent * bent)
             grad = torch.where(counted, grad, 0.0).to(hidden.dtype)
