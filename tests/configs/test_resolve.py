@@ -40,7 +40,11 @@ def test_a_saved_configuration_is_found_by_its_file_and_its_directory(name, fold
 
 def test_a_directory_goes_before_a_preset_of_its_name(folder):
     TesseraConfig.from_preset("verse-tiny").save_pretrained(folder / "llama-tiny")
-    assert resolve_config("llama-tiny").to_dict() == TesseraConfig.from_preset("verse-tiny").to_dict()
+    found = resolve_config("llama-tiny")
+    # What is saved names the code beside it.
+    assert found.auto_map
+    found.auto_map = {}
+    assert found.to_dict() == TesseraConfig.from_preset("verse-tiny").to_dict()
 
 
 def test_a_copy_of_a_preset_file_means_the_preset(folder):

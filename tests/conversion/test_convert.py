@@ -467,7 +467,7 @@ def write_index(folder, **values) -> None:
         (lambda d: change_config(d, num_hidden_layers=2), "9 unexpected tensors"),
         (lambda d: change_config(d, hidden_act="wibble"), "no activation hidden_act='wibble'"),
         (lambda d: change_config(d, quantization_config={"quant_method": "fp8"}), "is quantized"),
-        (lambda d: change_config(d, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "rope_type"),
+        (lambda d: change_config(d, rope_parameters={"rope_type": "longrope", "factor": 2.0}), "rope_type"),
         (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda d: (d / "model.safetensors").write_bytes(b"x" * 90), "cannot be read"),
         (
