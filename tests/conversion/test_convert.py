@@ -39,6 +39,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+# Of a kind that Tessera does not have.
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+    "original_max_position_embeddings": 32,
+}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -467,7 +475,7 @@ def write_index(folder, **values) -> None:
         (lambda d: change_config(d, num_hidden_layers=2), "9 unexpected tensors"),
         (lambda d: change_config(d, hidden_act="wibble"), "no activation hidden_act='wibble'"),
         (lambda d: change_config(d, quantization_config={"quant_method": "fp8"}), "is quantized"),
-        (lambda d: change_config(d, rope_parameters={"rope_type": "longrope", "factor": 2.0}), "rope_type"),
+        (lambda d: change_config(d, rope_parameters=LONGROPE), "rope_type"),
         (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors"),
         (lambda d: (d / "model.safetensors").write_bytes(b"x" * 90), "cannot be read"),
         (
