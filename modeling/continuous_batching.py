@@ -95,7 +95,7 @@ class TesseraContinuousBatching:
         failed = {name: str(output.error) for name, output in outputs.items() if output.error is not None}
         # transformers 5.17 returns one sequence of each prompt.
         several = any("__child#" in name for name in outputs)
-        asked = len(inputs) * (settings.num_return_sequences if several else 1)
+        asked = len(inputs) * (settings.num_return_sequences or 1 if several else 1)
         lost = max(asked - len(outputs), 0)
         if failed or lost:
             names = [*failed, *([f"{lost} without an answer"] if lost else [])]

@@ -53,6 +53,8 @@ def can_capture(
         and not getattr(cache, "offloading", False)
         and all(type(layer) is StaticLayer for layer in cache.layers)
         and not model.config.smear
+        # Adapters that put tokens of their own before the text do so there, at every step.
+        and "prepare_inputs_for_generation" not in vars(model)
         and model._valid_auto_compile_criteria(model_kwargs, config)
         and not watched
         and not config.is_assistant
