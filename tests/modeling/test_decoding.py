@@ -109,3 +109,14 @@ def test_what_looks_into_each_step_takes_the_loop_of_the_library(calls, capsys):
     sliding = tiny_model("nanochat-tiny")
     assert torch.equal(static(sliding, ids, **plain), sliding.generate(ids, pad_token_id=0, **plain))
     assert not calls
+
+
+def test_one_token_and_several_rows_of_a_prompt_come_in_the_shapes_of_the_library(calls):
+    model, ids = tiny_model("llama-tiny"), prompt(2)
+    assert torch.equal(
+        static(model, ids, max_new_tokens=1, do_sample=False),
+        model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0),
+    )
+    rows = static(model, ids, max_new_tokens=4, do_sample=True, num_return_sequences=3)
+    assert rows.shape == (6, 11) and torch.equal(rows[:, :7], ids.repeat_interleave(3, dim=0))
+    assert len(calls) == 2
