@@ -114,7 +114,7 @@ class TesseraRotaryEmbedding(nn.Module):
         # An exported program has to run where this package is not.
         exporting = torch.compiler._is_exporting_flag
         once = torch.compiler.is_compiling() and not exporting and position_ids.shape[-1] > 1
-        compute = torch.ops.tessera.rotary_tables if once else rotary_tables
+        compute = _opaque if once else rotary_tables
         return compute(position_ids, inv_freq, self.attention_scaling, sign * self.attention_scaling, x.dtype)
 
     def _stretch(self, position_ids: torch.Tensor) -> torch.Tensor:
@@ -140,8 +140,11 @@ def rotary_tables(
 
 
 # A compiler would put the cosines and sines into every kernel that rotates, and compute them anew for each
-# head of each layer: a tenth of a training step at 135M parameters. It cannot look into an operator.
-_opaque = torch.library.custom_op("tessera::rotary_tables", rotary_tables, mutates_args=())
+# head of each layer: a tenth of a training step at 135M parameters. It cannot look into an operator, which is
+# named for its module: code that came with a checkpoint may be of another version.
+_opaque = torch.library.custom_op(
+    f"tessera::{__name__.replace('.', '_')}_rotary_tables", rotary_tables, mutates_args=()
+)
 
 
 @_opaque.register_fake

@@ -6,6 +6,9 @@ gone before the next chunk. The gradients are those of the sum; backward only sc
 losses over hidden states and the head's weight. Shapes: N tokens, C hidden, V vocabulary.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -53,36 +56,12 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, softcap, ignore_index):
-        vocabulary = weight.shape[0]
         of_hidden, of_weight = ctx.needs_input_grad[:2]
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        ids = torch.arange(vocabulary, device=hidden.device)
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
-        hidden_grads = []
-        weight_grad = torch.zeros_like(weight, dtype=wide) if of_weight else None
-        chunk = max(FEWEST_TOKENS, LOGITS_AT_A_TIME // vocabulary)
-        for h, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            counted = (target != ignore_index).unsqueeze(1)
-            target = torch.where(target != ignore_index, target, 0).unsqueeze(1)
-            logits = (h @ weight.t()).to(wide)
-            if softcap is not None:
-                bent = torch.tanh(logits / softcap)
-                logits = softcap * bent
-            # Not log_softmax: compiled, that is slower by 1 % of a step at 135M parameters.
-            normalizer = logits.logsumexp(1, keepdim=True)
-            loss = loss + torch.where(counted, normalizer - logits.gather(1, target), 0.0).sum()
-            if not (of_hidden or of_weight):
-                continue
-            grad = (logits - normalizer).exp() - (ids == target).to(wide)
-            if softcap is not None:
-                grad = grad * (1 - bent * bent)
-            grad = torch.where(counted, grad, 0.0).to(hidden.dtype)
-            if of_hidden:
-                hidden_grads.append(grad @ weight)
-            if of_weight:
-                weight_grad += grad.t() @ h
-        hidden_grad = torch.cat(hidden_grads) if of_hidden else None
-        ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
+        compiled = torch.compiler.is_compiling() and hidden.is_cuda
+        loss, hidden_grad, weight_grad = _opaque(
+            hidden, weight, targets, softcap, ignore_index, of_hidden, of_weight, compiled
+        )
+        ctx.save_for_backward(hidden_grad if of_hidden else None, weight_grad if of_weight else None)
         return loss
 
     @staticmethod
@@ -96,3 +75,91 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+# A compiler that sees the chunks puts all their products first and keeps every logit: 5 GiB at 64k tokens of
+# a 32k vocabulary. It cannot look into an operator; what is between the products is compiled on its own.
+# Named for the module: code that came with a checkpoint may be of another version.
+@torch.library.custom_op(f"tessera::{__name__.replace('.', '_')}_linear_cross_entropy", mutates_args=())
+def _opaque(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    softcap: float | None,
+    ignore_index: int,
+    of_hidden: bool,
+    of_weight: bool,
+    compiled: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The summed loss and the gradients of hidden states [N, C] and weight [V, C]; empty if not asked for."""
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    loss = torch.zeros((), dtype=wide, device=hidden.device)
+    hidden_grad = torch.empty_like(hidden) if of_hidden else hidden.new_empty(0)
+    weight_grad = torch.zeros_like(weight, dtype=wide) if of_weight else weight.new_empty(0)
+    to_gradient = _compiled() if compiled else _to_gradient
+    tokens = max(FEWEST_TOKENS, LOGITS_AT_A_TIME // weight.shape[0])
+    logits = hidden.new_empty(min(tokens, len(hidden)), weight.shape[0])
+    for start in range(0, len(hidden), tokens):
+        chunk = slice(start, start + tokens)
+        h = hidden[chunk]
+        grad = torch.mm(h, weight.t(), out=logits[: len(h)])
+        chunk_loss, at, at_target = to_gradient(grad, targets[chunk], softcap, ignore_index)
+        loss += chunk_loss
+        grad.scatter_(1, at, at_target)
+        if of_hidden:
+            torch.mm(grad, weight, out=hidden_grad[chunk])
+        if of_weight and hidden.is_cuda and hidden.dtype != wide:
+            torch.addmm(weight_grad, grad.t(), h, out_dtype=wide, out=weight_grad)
+        elif of_weight:
+            weight_grad += grad.t() @ h
+    return loss, hidden_grad, weight_grad.to(weight.dtype)
+
+
+@_opaque.register_fake
+def _(hidden, weight, targets, softcap, ignore_index, of_hidden, of_weight, compiled):
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return (
+        hidden.new_empty((), dtype=wide),
+        torch.empty_like(hidden) if of_hidden else hidden.new_empty(0),
+        torch.empty_like(weight) if of_weight else weight.new_empty(0),
+    )
+
+
+def _to_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, ignore_index: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Summed cross entropy of logits [N, V], which become their gradient in place.
+
+    All but that at the targets: it is returned, with its places [N, 1]. To write it here as well would make
+    the compiler do the rest beside the logits and copy it.
+    """
+    counted = (targets != ignore_index).unsqueeze(1)
+    targets = torch.where(counted, targets.unsqueeze(1), 0)
+    scores = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    slope = 1.0
+    if softcap is not None:
+        bent = torch.tanh(scores / softcap)
+        scores, slope = softcap * bent, 1 - bent * bent
+    normalizer = scores.logsumexp(1, keepdim=True)
+    chosen = scores.gather(1, targets)
+    loss = torch.where(counted, normalizer - chosen, 0.0).sum()
+    at_target = torch.where(counted, (chosen - normalizer).exp() - 1, 0.0)
+    if softcap is not None:
+        at_target = at_target * (1 - (chosen / softcap) ** 2)
+    # Where nothing is to be predicted all probabilities are zero.
+    normalizer = torch.where(counted, normalizer, torch.inf)
+    logits.copy_((scores - normalizer).exp() * slope)
+    return loss, targets, at_target.to(logits.dtype)
+
+
+@functools.lru_cache(maxsize=1)
+def _compiled() -> Callable:
+    compiled = torch.compile(_to_gradient)
+    # Whether this key is on differs between the first step and the others, and the compiler looks at it.
+    ignored = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+    def call(*args):
+        with torch._C._ExcludeDispatchKeyGuard(ignored):
+            return compiled(*args)
+
+    return call

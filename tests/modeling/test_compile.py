@@ -1,5 +1,9 @@
 """A training step under `torch.compile(fullgraph=True)`: one graph, loss and gradients of eager code."""
 
+import importlib
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -103,3 +107,23 @@ def test_an_exported_program_holds_no_operator_of_this_package():
     program = torch.export.export(model, (tokens(),), {"use_cache": False})
     assert not any("tessera." in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(tokens(), use_cache=False).logits, model(tokens()).logits)
+
+
+def test_code_of_another_version_in_the_same_process_leaves_ours_as_it_is(tmp_path, monkeypatch):
+    other = tmp_path / "another_version"
+    shutil.copytree(Path(masks.__file__).parent, other)
+    source = (
+        (other / "loss.py")
+        .read_text()
+        .replace("return loss, hidden_grad, ", "return loss + 100, hidden_grad, ")
+    )
+    (other / "loss.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    hidden, weight = torch.randn(8, 4), torch.randn(10, 4)
+    targets = torch.arange(8)
+    losses = []
+    for name in ("tessera.modeling", "another_version", "tessera.modeling"):
+        loss = importlib.import_module(f"{name}.loss").linear_cross_entropy
+        losses.append(torch.compile(loss, backend="aot_eager", fullgraph=True)(hidden, weight, targets))
+        importlib.import_module(f"{name}.layers")
+    assert losses[0] == losses[2] and losses[1] == losses[0] + 100
