@@ -62,7 +62,11 @@ class Comparison:
         self.kind, self.path, self.device, self.rank = kind, path, device, dist.get_rank()
         # Layers that predict ahead are left behind on loading, unless they are to be trained.
         ahead = TesseraConfig.from_pretrained(path).num_mtp_layers
-        load = functools.partial(TesseraForCausalLM.from_pretrained, path, train_mtp=bool(ahead))
+        # On a GPU flex attention would compile for each model in each process; it has tests of its own.
+        attention = "eager" if device.type == "cuda" else None
+        load = functools.partial(
+            TesseraForCausalLM.from_pretrained, path, train_mtp=bool(ahead), attn_implementation=attention
+        )
         self.whole = load().to(device)
         if kind == "accelerate":
             self.split = prepared_by_accelerate(load(), device)
