@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -29,18 +27,17 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention import TesseraAttention, TesseraLatentAttention
-from .balancing import router_statistics
 from .configuration_tessera import TesseraConfig
 from .continuous_batching import TesseraContinuousBatching, exchange_token_ids
 from .decoding import can_capture, sample_captured
-from .feed_forward import TesseraMLP, TesseraMoE, TesseraRouter, load_balancing_loss
+from .feed_forward import TesseraMLP, TesseraMoE
 from .fused_head import takes_fused_head, with_own_terms
-from .layers import TesseraRotaryEmbedding, TesseraSmear, find_rows, is_plain_linear, make_norm
-from .loss import linear_cross_entropy
+from .layers import TesseraRotaryEmbedding, TesseraSmear, find_rows, make_norm
 from .masks import make_masks
-from .multi_token import TesseraDrafts, hidden_ahead, targets_ahead, targets_of
+from .multi_token import TesseraDrafts, targets_of
 from .parallel_plans import require_splittable
 from .parallel_styles import HeadNormParallel  # noqa: F401  (registers it)
+from .training_loss import TesseraLosses, share_of_batch
 from .weight_init import BACKOUT_START, initialize, residual_scalar_start
 
 
@@ -421,7 +418,7 @@ class TesseraModel(TesseraPreTrainedModel):
         return self.embed_positions(positions)
 
 
-class TesseraForCausalLM(TesseraContinuousBatching, TesseraPreTrainedModel, GenerationMixin):
+class TesseraForCausalLM(TesseraLosses, TesseraContinuousBatching, TesseraPreTrainedModel, GenerationMixin):
     """The decoder with a language-modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -543,7 +540,7 @@ class TesseraForCausalLM(TesseraContinuousBatching, TesseraPreTrainedModel, Gene
         if outputs.router_logits:
             aux_loss = self.balance_loss(outputs.router_logits + further, attention_mask)
             if loss is not None and self.config.router_aux_loss_coef:
-                share = _share_of_batch(targets, counted)
+                share = share_of_batch(targets, counted)
                 loss = loss + self.config.router_aux_loss_coef * share * aux_loss.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
@@ -579,98 +576,6 @@ class TesseraForCausalLM(TesseraContinuousBatching, TesseraPreTrainedModel, Gene
             return sample_captured(self, input_ids, *arguments, model_kwargs)
         return super()._sample(input_ids, *arguments, synced_gpus, streamer, **model_kwargs)
 
-    def _head_is_plain(self) -> bool:
-        """Whether the head is its weight alone, and the loss the usual one."""
-        return is_plain_linear(self.lm_head) and self.loss_function is ForCausalLMLoss
-
-    def _loss_without_logits(
-        self,
-        hidden: torch.Tensor,
-        labels: torch.Tensor | None,
-        shift_labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        ignore_index: int = -100,
-        **_,
-    ) -> torch.Tensor:
-        """The loss of transformers' `ForCausalLMLoss`, of hidden states [B, T, C] instead of logits."""
-        if labels is None or not self._head_is_plain():
-            raise ValueError(
-                "skip_logits=True needs labels, the model's own loss and a plain head: without an adapter, "
-                "quantisation, shards or hooks on lm_head"
-            )
-        if shift_labels is None:
-            shift_labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
-        summed = self._summed_cross_entropy(hidden, shift_labels, ignore_index)
-        if num_items_in_batch is None:
-            num_items_in_batch = (shift_labels != ignore_index).sum()
-        elif isinstance(num_items_in_batch, torch.Tensor):
-            num_items_in_batch = num_items_in_batch.to(summed.device)
-        return summed / num_items_in_batch
-
-    def _summed_cross_entropy(
-        self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int = -100
-    ) -> torch.Tensor:
-        """Nats of targets [B, T] for hidden states [B, T, C], without the logits if the head allows it."""
-        vocabulary, cap = self.config.vocab_size, self.config.final_logit_softcapping
-        if self._head_is_plain():
-            return linear_cross_entropy(hidden, self.lm_head.weight[:vocabulary], targets, cap, ignore_index)
-        logits = self.lm_head(hidden)[..., :vocabulary].float()
-        if cap is not None:
-            logits = cap * torch.tanh(logits / cap)
-        targets = targets.flatten().to(logits.device)
-        return F.cross_entropy(logits.flatten(0, -2), targets, ignore_index=ignore_index, reduction="sum")
-
-    @property
-    def trains_ahead(self) -> bool:
-        """Whether the loss has a term of multi-token prediction."""
-        return self.training and len(self.mtp_layers) > 0 and self.config.mtp_loss_coef > 0
-
-    def nats_ahead(
-        self, outputs: TesseraModelOutput, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """The loss of multi-token prediction (DeepSeek-V3, equations 24, 25), weighted, summed over tokens.
-
-        Args:
-            outputs: of the decoder, with `mtp_inputs`.
-            targets: the token after each position [B, T], -100 where it does not count.
-
-        Returns:
-            Nats, to be divided by what divides the loss of the model itself, and the logits of the layers'
-            routers.
-        """
-        inputs = dict(outputs.mtp_inputs)
-        states, router_logits = hidden_ahead(
-            self.mtp_layers, hidden_states=outputs.last_hidden_state, **inputs
-        )
-        total = 0.0
-        for depth, hidden in enumerate(states):
-            ahead = targets_ahead(targets, inputs["position_ids"], depth)
-            total = total + self._summed_cross_entropy(hidden, ahead)
-        return self.config.mtp_loss_coef / len(states) * total, router_logits
-
-    def balance_loss(
-        self, router_logits: tuple[torch.Tensor, ...], attention_mask: torch.Tensor | dict | None
-    ) -> torch.Tensor:
-        """The load-balancing loss of the routers, without its weight.
-
-        Args:
-            router_logits: [B * T, E] of each sparse layer; those for multi-token prediction come last and may
-                be left out.
-            attention_mask: as the model was given it.
-        """
-        # By class: an adapter may stand in front of a router.
-        found = [module for module in self.model.layers.modules() if isinstance(module, TesseraRouter)]
-        routers = found[: len(router_logits)]
-        padding = None
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            new = router_logits[0].shape[0] // attention_mask.shape[0]
-            padding = attention_mask[:, -new:]
-        return load_balancing_loss(routers, router_logits, padding)
-
-    def router_statistics(self) -> list[dict]:
-        """How evenly the routers spread the tokens of the last step; see `balancing.router_statistics`."""
-        return router_statistics(self)
-
 
 class TesseraForSequenceClassification(GenericForSequenceClassification, TesseraPreTrainedModel):
     """The decoder with a classification or regression head on the last token of each sequence."""
@@ -694,12 +599,3 @@ def _known_to_auto_model(config: TesseraConfig) -> TesseraConfig:
     if type(config) not in AutoModel._model_mapping:
         AutoModel.register(type(config), TesseraModel)
     return config
-
-
-def _share_of_batch(
-    targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
-) -> torch.Tensor | float:
-    """Share of the batch's counted tokens in this micro-batch: the weight of a loss that is a mean."""
-    if num_items_in_batch is None:
-        return 1.0
-    return (targets != -100).sum() / num_items_in_batch
