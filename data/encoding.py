@@ -13,13 +13,14 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 
-from .filters import Filters, fingerprint
+from .deduplication import fingerprint
+from .filters import Dropped, Filters
 from .token_files import smallest_dtype
 
 
@@ -56,22 +57,42 @@ class Encoder:
 
     def work(self, texts: list[str]) -> list["Encoded"]:
         """Filters and encodes a batch."""
-        reasons = [self.filters.reason(text) for text in texts]
-        kept = iter(self.encode([text for text, reason in zip(texts, reasons, strict=True) if not reason]))
+        examined = [self.filters.examine(text) for text in texts]
+        kept = iter(self.encode([one.text for one in examined if not one.dropped]))
         return [
-            Encoded(reason, None if reason else next(kept), len(text.encode("utf-8")), fingerprint(text))
-            for text, reason in zip(texts, reasons, strict=True)
+            Encoded(
+                one.dropped,
+                None if one.dropped else next(kept),
+                len(one.text.encode("utf-8")),
+                fingerprint(one.text),
+                None if one.dropped or one.text == text else one.text,
+                dict(one.lines),
+                one.signature,
+            )
+            for text, one in zip(texts, examined, strict=True)
         ]
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What became of a text: ids, or the filter that dropped it."""
+    """What became of a text: ids, or the filter that dropped it.
 
-    reason: str | None
+    Attributes:
+        dropped: why it is to go.
+        ids: its tokens, if it stays.
+        num_bytes, digest: of what the filters left of it.
+        changed: what they left of it, where that is something else.
+        lines: how many lines each rule took out.
+        signature: what near duplicates are found by, if anyone asked.
+    """
+
+    dropped: Dropped | None
     ids: np.ndarray | None
     num_bytes: int
     digest: bytes
+    changed: str | None = None
+    lines: dict[str, int] = field(default_factory=dict)
+    signature: np.ndarray | None = None
 
     @property
     def draw(self) -> float:

@@ -24,8 +24,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from .deduplication import DUPLICATE, NEAR_DUPLICATE, SeenSignatures, SeenTexts, fingerprint, minhash
+from .dropped import DroppedExamples
 from .encoding import Encoded, Encoder, EncodingPool, build_encoder, load_tokenizer
-from .filters import DUPLICATE, Filters, SeenTexts, fingerprint
+from .filters import Dropped, Filters
 from .hashing import file_sha256
 from .mixing import Source, Stream, next_batch, open_streams
 from .sources import read_source
@@ -64,6 +66,7 @@ def prepare(
     filters: Filters | None = None,
     workers: int = 1,
     seed: int = 0,
+    explain: int = 0,
 ) -> dict:
     """Writes a folder of tokens.
 
@@ -84,6 +87,7 @@ def prepare(
         filters: which documents to leave out; default: none.
         workers: processes that filter and encode.
         seed: of the order in which Hub datasets are read.
+        explain: keep so many examples of the documents that each filter drops, in `dropped_examples.jsonl`.
 
     Returns:
         What was written as `data_meta.json`.
@@ -98,6 +102,8 @@ def prepare(
         raise ValueError(f"the share to hold out must be between 0 and 1, got {val_fraction}")
     if workers < 1:
         raise ValueError(f"the number of workers must be at least 1, got {workers}")
+    if explain < 0:
+        raise ValueError(f"the number of examples for each filter cannot be {explain}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder; give another, or remove it first")
     streams = open_streams(sources, seed)
@@ -110,12 +116,13 @@ def prepare(
             kept_tokenizer = _keep_tokenizer(tokenizer, partial / "tokenizer") if tokenizer else None
             filters = filters or Filters()
             encoder = build_encoder(kept_tokenizer, filters, Path(scratch))
-            job = _Job(partial, encoder, streams, tokens, val_fraction)
+            job = _Job(partial, encoder, streams, tokens, val_fraction, DroppedExamples(explain))
             if val_data:
                 job.hold_out(val_data, sources[0])
             with EncodingPool(encoder, workers) as pool:
                 job.run(pool)
             splits = job.finish()
+        job.examples.write(partial)
         meta = {
             "format": FORMAT,
             "dtype": encoder.dtype,
@@ -133,6 +140,7 @@ def prepare(
                 "names": list(filters.names),
                 "min_chars": filters.min_chars,
                 "dropped": dict(job.dropped),
+                "lines_dropped": dict(job.lines_dropped),
             },
             "val_fraction": None if val_data else val_fraction,
             "val_data": val_data or None,
@@ -167,12 +175,15 @@ class _Job:
     streams: list[Stream]
     budget: int | None
     val_fraction: float
+    examples: DroppedExamples
     dropped: Counter = field(default_factory=Counter)
+    lines_dropped: Counter = field(default_factory=Counter)
 
     def __post_init__(self):
         writer = (self.encoder.dtype, list(self.encoder.separator), self.encoder.eos is not None)
         self.writers = {split: TokenWriter(self.folder, split, *writer) for split in SPLITS}
         self.seen = SeenTexts()
+        self.near = SeenSignatures()
         self.held_out = False  # whether validation has text of its own
         # The first documents wait until it is known whether there are many.
         self.waiting: list[tuple[Stream, str, Encoded]] | None = []
@@ -186,6 +197,8 @@ class _Job:
         where = {"column": like.column, "split": like.split, "name": like.name}
         for text in chain.from_iterable(read_source(source, **where) for source in sources):
             self.seen.add(fingerprint(text))
+            if NEAR_DUPLICATE in self.encoder.filters.names:
+                self.near.seen(minhash(text))
             self.writers["val"].add(self.encoder.encode([text])[0], len(text.encode("utf-8")))
 
     def run(self, pool: EncodingPool) -> None:
@@ -195,17 +208,27 @@ class _Job:
                 stream.read += 1
                 stream.read_chars += len(text)
                 stream.chars_in_flight -= len(text)
-                if result.reason:
-                    self.dropped[result.reason] += 1
-                elif result.digest in self.seen:
-                    self.dropped[DUPLICATE] += 1
+                self.lines_dropped.update(result.lines)
+                if dropped := self._dropped(result):
+                    self.dropped[dropped.reason] += 1
+                    self.examples.add(text, dropped, stream.source.source)
                 else:
-                    if DUPLICATE in self.encoder.filters.names:
-                        self.seen.add(result.digest)
-                    self._keep(stream, text, result)
+                    self._keep(stream, text if result.changed is None else result.changed, result)
                 progress.show(self.streams, self._tokens(), self.dropped)
                 if self.budget is not None and self._tokens() >= self.budget:
                     return
+
+    def _dropped(self, result: Encoded) -> Dropped | None:
+        """Why a document goes, with what only those before it can tell."""
+        if result.dropped:
+            return result.dropped
+        if result.digest in self.seen:
+            return Dropped(DUPLICATE)
+        if result.signature is not None and self.near.seen(result.signature):
+            return Dropped(NEAR_DUPLICATE)
+        if DUPLICATE in self.encoder.filters.names:
+            self.seen.add(result.digest)
+        return None
 
     def finish(self) -> dict[str, dict]:
         """Sees to it that both splits have text, and ends the files."""

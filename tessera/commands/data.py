@@ -41,12 +41,19 @@ def prepare(
     ] = None,
     filters: Annotated[
         str | None,
-        typer.Option(help="none, basic, or names with commas between; default: none, of a preset basic."),
+        typer.Option(
+            help="none, basic, c4, gopher, fineweb, or names of rules, with commas between; default: none, "
+            "of a preset basic."
+        ),
     ] = None,
     min_chars: Annotated[
         int | None, typer.Option(help="Shortest document; default: 200 with basic filters, else any.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that encode; default: one a core.")] = None,
+    explain: Annotated[
+        int,
+        typer.Option(help="Show so many dropped documents of each reason; also in dropped_examples.jsonl."),
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Of the order in which Hub datasets are read.")] = 0,
     column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
     split: Annotated[str, typer.Option(help="Split of Hub datasets.")] = "train",
@@ -81,8 +88,11 @@ def prepare(
         filters=choose_filters(filters or ("basic" if preset else "none"), min_chars),
         workers=workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0]),
         seed=seed,
+        explain=explain,
     )
     _show(meta)
+    if explain:
+        _show_dropped(output)
     typer.echo(f"\ntokens: {output}\nnext: tessera pretrain --config PRESET --data {output}")
 
 
@@ -133,6 +143,17 @@ def _show(meta: dict) -> None:
         total = sum(source["read"] for source in meta["sources"])
         rows = [("dropped", "documents", "share")]
         _table(rows + [(name, f"{n:,}", f"{100 * n / total:.2f} %") for name, n in dropped.items()])
+
+
+def _show_dropped(folder: str) -> None:
+    """The examples of what was dropped."""
+    import json
+    from pathlib import Path
+
+    from tessera.data.dropped import EXAMPLES, describe
+
+    for line in (Path(folder) / EXAMPLES).read_text(encoding="utf-8").splitlines():
+        typer.echo("\n" + describe(json.loads(line)))
 
 
 def _counts(counts: dict) -> tuple[str, ...]:

@@ -115,7 +115,12 @@ def test_what_is_written_is_described(tmp_path, bpe):
     assert (out / "tokenizer" / "tokenizer_meta.json").exists()
     assert not (out / "tokenizer" / "model.safetensors").exists()
     assert (meta["dtype"], meta["vocab_size"], meta["eos_token_id"]) == ("uint16", 400, 0)
-    assert meta["filters"] == {"names": ["duplicate"], "min_chars": 8, "dropped": {"too_short": 3}}
+    assert meta["filters"] == {
+        "names": ["duplicate"],
+        "min_chars": 8,
+        "dropped": {"too_short": 3},
+        "lines_dropped": {},
+    }
     (account,) = meta["sources"]
     assert account["source"] == source and account["read"] == 203 and account["documents"] == 200
     assert account["tokens"] == meta["train"]["tokens"] + meta["val"]["tokens"]
