@@ -18,17 +18,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models, pre_tokenizers
 from transformers import BatchEncoding, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy, is_torch_tensor
+
+from .token_bytes import CHARACTER_TO_BYTE, bytes_of_name
 
 if TYPE_CHECKING:
     import torch
 
 BYTE_VOCAB_SIZE = 256
-
-# GPT-2's name for each byte, one printable character: what byte-level files call their tokens
-CHARACTER_TO_BYTE: dict[str, int] = {character: byte for byte, character in bytes_to_unicode().items()}
 
 # arguments that an encoding without padding and truncation does not depend on
 _PADDING_AND_TRUNCATION_DETAILS = {"stride", "pad_to_multiple_of", "padding_side"}
@@ -106,7 +104,7 @@ def _check_special_token(token: str, before: Sequence[str]) -> None:
             f"the special token {token!r} is a single byte, or the name of one in the vocabulary, so that "
             "text with it would no longer be encoded as bytes; choose a longer one, such as '<|end|>'"
         )
-    if _bytes_of_token(token) != token.encode("utf-8"):
+    if bytes_of_name(token) != token.encode("utf-8"):
         raise ValueError(
             f"the special token {token!r} would not be decoded to its own text, because byte-level decoders "
             "take characters from U+00A1 to U+0143 for names of bytes; choose one without, such as '<|end|>'"
@@ -119,13 +117,6 @@ def _build_backend() -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return backend
-
-
-def _bytes_of_token(token: str) -> bytes:
-    """What the byte-level decoder makes of a token: the bytes it names, if each character names one."""
-    if all(character in CHARACTER_TO_BYTE for character in token):
-        return bytes(CHARACTER_TO_BYTE[character] for character in token)
-    return token.encode("utf-8")
 
 
 def _id_array(token_ids: "Sequence[int] | np.ndarray | torch.Tensor") -> np.ndarray:
@@ -247,7 +238,7 @@ class ByteTokenizer(PreTrainedTokenizerFast):
             token = added_tokens.get(int(ids[position]))
             if token is None:
                 raise ValueError(f"id {ids[position]} is not in the vocabulary of {len(self)} tokens")
-            pieces += [as_bytes[start:position].tobytes(), _bytes_of_token(token.content)]
+            pieces += [as_bytes[start:position].tobytes(), bytes_of_name(token.content)]
             start = position + 1
         return b"".join([*pieces, as_bytes[start:].tobytes()])
 

@@ -14,12 +14,14 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .codecs import Codec, huggingface_codec
+from .verify import require_same
+
 META_FILE = "tokenizer_meta.json"
 
-# What the loaded tokenizer must encode and decode as the one in memory does.
-_PROBES = (
+# Text with special tokens, which must be found in it after loading as before.
+_SPECIAL_PROBES = (
     "The quick brown fox, it's 12345 o'clock.\n\n  Indented\tline\r\n",
-    "  naïve Straße — 東京 🙂 e\u0301 \x00\u2028\ufeff",
     "<|im_start|>user\nHi<|im_end|>\n<|endoftext|>",
     "",
 )
@@ -58,6 +60,7 @@ def save_tokenizer(
     folder: str | Path,
     meta: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
+    original: Codec | None = None,
 ) -> Path:
     """Writes the directory of a tokenizer.
 
@@ -66,12 +69,15 @@ def save_tokenizer(
         folder: a directory that does not exist yet, or is empty.
         meta: what to tell of its origin, such as `type` and `source`; JSON. Size, ids and hash are added.
         files: further files by name, such as the SentencePiece model.
+        original: what the tokenizer was made from, run by its own library: what is written must encode and
+            decode as it does, on the texts of `probes`.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: if something is there already, or `AutoTokenizer` makes something else of the directory.
+        ValueError: if something is there already, or `AutoTokenizer` makes something else of the directory
+            than the tokenizer or the original is.
     """
     folder = check_output(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -82,9 +88,10 @@ def save_tokenizer(
         tokenizer.save_pretrained(aside)
         for name, data in (files or {}).items():
             (aside / name).write_bytes(data)
-        text = json.dumps(_describe(tokenizer, aside) | dict(meta or {}), indent=2, ensure_ascii=False)
+        loaded = AutoTokenizer.from_pretrained(aside)
+        described = _describe(tokenizer, aside) | dict(meta or {}) | _verify(tokenizer, loaded, original)
+        text = json.dumps(described, indent=2, ensure_ascii=False)
         (aside / META_FILE).write_text(text + "\n", encoding="utf-8")
-        _require_equal(tokenizer, AutoTokenizer.from_pretrained(aside))
         aside.replace(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -102,15 +109,24 @@ def _describe(tokenizer: PreTrainedTokenizerBase, folder: Path) -> dict[str, Any
     } | tokenizer.special_tokens_map
 
 
-def _require_equal(tokenizer: PreTrainedTokenizerBase, loaded: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError unless both have the same vocabulary and make the same of the probes."""
-    same = tokenizer.get_vocab() == loaded.get_vocab()
-    for text in _PROBES if same else ():
-        for split in (False, True):
-            ids = tokenizer(text, split_special_tokens=split)["input_ids"]
-            same &= ids == loaded(text, split_special_tokens=split)["input_ids"]
-            same &= tokenizer.decode(ids) == loaded.decode(ids)
-    if not same:
+def _verify(
+    tokenizer: PreTrainedTokenizerBase, loaded: PreTrainedTokenizerBase, original: Codec | None
+) -> dict[str, Any]:
+    """What to tell of the comparison with the original; raises ValueError where anything is not the same."""
+    written = huggingface_codec(loaded, "what AutoTokenizer loads")
+    if tokenizer.get_vocab() != loaded.get_vocab():
         raise ValueError(
-            "the tokenizer is not the same after saving and loading with AutoTokenizer; nothing was written"
+            "the tokenizer is not the same after saving and loading with AutoTokenizer: its vocabulary "
+            "differs; nothing was written"
         )
+    require_same(huggingface_codec(tokenizer, "the tokenizer in memory"), written, written.name)
+    for text in _SPECIAL_PROBES:
+        if tokenizer(text)["input_ids"] != loaded(text)["input_ids"]:
+            raise ValueError(
+                "the tokenizer is not the same after saving and loading with AutoTokenizer: "
+                f"{text!r} becomes other ids; nothing was written"
+            )
+    if original is None:
+        return {}
+    same = require_same(original, written, written.name)
+    return {"verified": {"against": original.library, "documents": same.documents, "bytes": same.num_bytes}}

@@ -26,6 +26,8 @@ SPACE = "\u2581"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _BPE = 2
 
+_ALL_SPACES = 2**16
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -148,9 +150,11 @@ def _backend(model: SentencePieceModel) -> Tokenizer:
                 pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=False),
             ]
         )
-        decoding.append(decoders.Strip(content=" ", left=1, right=0))
     else:
         steps.append(normalizers.Replace(" ", SPACE))
+    # Where no text begins with a space, decoding takes all of them away: marks that a text spells leave some.
+    if spaces_before := _ALL_SPACES if model.remove_extra_whitespaces else int(model.add_dummy_prefix):
+        decoding.append(decoders.Strip(content=" ", left=spaces_before, right=0))
     backend.normalizer = normalizers.Sequence(steps)
     backend.decoder = decoders.Sequence(decoding)
     backend.add_special_tokens(

@@ -1,4 +1,4 @@
-"""`tessera tokenizer`: from text to a tokenizer, or one that exists already."""
+"""`tessera tokenizer`: from text to a tokenizer, or one that exists already; proving and looking at them."""
 
 from typing import Annotated
 
@@ -7,7 +7,7 @@ import typer
 from ._common import require_extra, silence_transformers
 
 app = typer.Typer(
-    no_args_is_help=True, rich_markup_mode=None, help="Train a tokenizer, or import one that exists."
+    no_args_is_help=True, rich_markup_mode=None, help="Train a tokenizer, import, verify or look at one."
 )
 
 Output = Annotated[str, typer.Option(help="Directory to write; it must not exist, or be empty.")]
@@ -79,3 +79,51 @@ def import_(
     silence_transformers()
     tokenizer = import_tokenizer(source, encoding=encoding, chat=chat, output=output)
     typer.echo(f"{len(tokenizer)} tokens\ntokenizer: {output}")
+
+
+A_TOKENIZER = (
+    "A tokenizer directory, a name on the Hub, a .tiktoken or SentencePiece .model file, a folder with "
+    "encoder.json and vocab.bpe, or o200k_base, cl100k_base or gpt2."
+)
+
+
+@app.command()
+def verify(
+    a: Annotated[str, typer.Argument(help=A_TOKENIZER)],
+    b: Annotated[str, typer.Argument(help="Another, to compare it with.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to compare on, as for train; may be given again. Default: hard strings."),
+    ] = None,
+    column: Annotated[str, typer.Option(help="Column of the text in tables.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of Hub datasets.")] = "train",
+    name: Annotated[str | None, typer.Option(help="Configuration of Hub datasets.")] = None,
+    limit_mb: Annotated[float, typer.Option(help="Megabytes of text to read at most; 0 for all.")] = 0.0,
+    unicode: Annotated[
+        bool, typer.Option("--unicode", help="Without --data: compare on every character of Unicode too.")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Special tokens that only one has are a difference too.")
+    ] = False,
+    a_as: Annotated[
+        str | None, typer.Option(help="Encoding of A, where it is a rank file of any name.")
+    ] = None,
+    b_as: Annotated[str | None, typer.Option(help="Encoding of B.")] = None,
+) -> None:
+    """Compare two tokenizers; exit code 1 with the first difference if there is one.
+
+    Original files are run by their own libraries (tiktoken, sentencepiece), directories by tokenizers.
+    """
+    from tessera.data.sources import read_texts
+    from tessera.tokenization.verify import verify_tokenizers
+
+    if limit_mb < 0:
+        raise ValueError(f"--limit-mb must be 0 (all) or more, got {limit_mb:g}")
+    silence_transformers()
+    limit = int(limit_mb * 1e6) if limit_mb else None
+    texts = read_texts(data, column=column, split=split, name=name, limit_bytes=limit) if data else None
+    found = verify_tokenizers(a, b, texts, encodings=(a_as, b_as), whole_unicode=unicode)
+    equal = found.equal and not (strict and found.only_special)
+    typer.echo(found.report())
+    typer.echo("equal" if equal else "different")
+    raise typer.Exit(0 if equal else 1)

@@ -359,7 +359,8 @@ def test_a_name_that_the_hub_does_not_have_is_refused(monkeypatch):
     def fail(name):
         raise OSError("cannot connect\nand more")
 
-    monkeypatch.setattr("tessera.tokenization.importing.AutoTokenizer.from_pretrained", fail)
+    monkeypatch.setattr("tessera.tokenization.locate.hf_hub_download", lambda *names: fail(names[0]))
+    monkeypatch.setattr("tessera.tokenization.locate.AutoTokenizer.from_pretrained", fail)
     with pytest.raises(ValueError, match="some/name is no file or directory.*: cannot connect$"):
         import_tokenizer("some/name")
 
