@@ -19,7 +19,8 @@ import numpy as np
 import torch
 import transformers
 
-from tessera.data.text import Windows
+from tessera.data.text import Tokens
+from tessera.data.training_rows import ContiguousRows, RowSequence
 from tessera.evaluation.bits_per_byte import text_loss
 from tessera.training.demo import PRESET
 from tessera.training.pretrain import PretrainArguments, pretrain
@@ -64,15 +65,17 @@ def peer(path: str, minutes: float, seed: int) -> tuple[float, int]:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.1, fused=True
     )
-    windows, step, seconds = Windows(train, 64, seed), 0, 0.0
+    rows = RowSequence([ContiguousRows(Tokens(train, len(train)), 64, seed)], seed=seed)
+    step, seconds = 0, 0.0
     while (progress := seconds / (60 * minutes)) < 1:
         start = time.perf_counter()
         rate = 1e-4 + 0.5 * (1e-3 - 1e-4) * (1 + math.cos(math.pi * progress))
         for group in optimizer.param_groups:
             group["lr"] = min(rate, 1e-3 * (step + 1) / 100)
-        rows = torch.from_numpy(windows.rows(step * 12, 12))
-        logits = model(rows[:, :-1], use_cache=False).logits
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        batch = rows.batch(range(step * 12, step * 12 + 12))
+        logits = model(torch.from_numpy(batch.input_ids), use_cache=False).logits
+        targets = torch.from_numpy(batch.targets)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -64,7 +64,7 @@ def write_model_card(
         _table(_describe(config)),
     ]
     settings = {
-        key: Path(value).name if isinstance(value, str) else value
+        key: _without_folders(value)
         for key, value in recipe.items()
         if value is not None and key not in _LOCAL
     }
@@ -162,6 +162,12 @@ def _numbers(values: dict, prefix: str = ""):
             yield from _numbers(value, f"{prefix}{name} ")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield f"{prefix}{name}", value
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, list):
+        return ", ".join(str(_without_folders(part)) for part in value)
+    return Path(value).name if isinstance(value, str) else value
 
 
 def _named(recipe: dict[str, Any], keys: tuple[str, ...]) -> list[str]:

@@ -1,12 +1,11 @@
-"""From documents to rows of tokens.
+"""From documents to streams of tokens.
 
-What belongs here: the split into training and validation, and the order in which training sees its windows,
-which is a pure function of the seed, so that any step can be computed without those before it.
+What belongs here: the split into training and validation, and what a stream of tokens is. The rows that are
+made of it are in `training_rows.py`.
 """
 
 import hashlib
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
@@ -38,51 +37,28 @@ def split_documents(documents: list[bytes], fraction: float = 0.1) -> tuple[list
 
 @dataclass(frozen=True)
 class Tokens:
-    """A stream of token ids and the number of bytes of text that it stands for."""
+    """A stream of token ids.
 
-    ids: np.ndarray  # [N]
-    num_bytes: int
-
-
-class Windows:
-    """Windows of a token stream, shuffled anew each epoch, addressed by their number in the order of
-    training.
-
-    An epoch is the non-overlapping windows from a random start; the next epoch starts elsewhere. Row `i` is
-    the same whatever the batch size and the number of processes.
-
-    Args:
-        ids: token ids [N].
-        length: positions in a window; a row is one longer, for the targets.
-        seed: of starts and orders.
-
-    Raises:
-        ValueError: if the stream is shorter than a window.
+    Attributes:
+        ids: [N].
+        num_bytes: of the text that it stands for.
+        starts: where documents start, and the end [D + 1]; a document includes the separator after it. None
+            if that is not known.
     """
 
-    def __init__(self, ids: np.ndarray, length: int, seed: int = 0):
-        if len(ids) < length + 1:
-            raise ValueError(
-                f"the text to train on has {len(ids)} tokens, but a window of {length} needs {length + 1}; "
-                "give more text or a shorter window"
-            )
-        self.ids, self.length, self.seed = ids, length, seed
-        # Short of one window, so that every start leaves as many whole ones.
-        self.per_epoch = max((len(ids) - 1) // length - 1, 1)
-        self._order = lru_cache(maxsize=2)(self._draw_order)
+    ids: np.ndarray
+    num_bytes: int
+    starts: np.ndarray | None = None
 
-    def row(self, i: int) -> np.ndarray:
-        """Row number `i` [length + 1] as int64."""
-        epoch, place = divmod(i, self.per_epoch)
-        start, order = self._order(epoch)
-        first = start + int(order[place]) * self.length
-        return self.ids[first : first + self.length + 1].astype(np.int64)
 
-    def rows(self, first: int, count: int) -> np.ndarray:
-        """Rows `first` to `first + count` [count, length + 1]."""
-        return np.stack([self.row(i) for i in range(first, first + count)])
-
-    def _draw_order(self, epoch: int) -> tuple[int, np.ndarray]:
-        generator = np.random.default_rng([self.seed, epoch])
-        room = len(self.ids) - 1 - self.per_epoch * self.length
-        return int(generator.integers(min(room, self.length) + 1)), generator.permutation(self.per_epoch)
+def find_starts(ids: np.ndarray, end: int | None) -> np.ndarray | None:
+    """Where documents start, and the end [D + 1], by the token that ends them; None if there is none."""
+    if end is None:
+        return None
+    block = 2**24
+    blocks = range(0, len(ids), block)
+    ends = [np.flatnonzero(ids[first : first + block] == end) + first + 1 for first in blocks]
+    starts = np.concatenate([[0], *ends, [len(ids)]])
+    if len(starts) == 2:
+        return None
+    return starts[:-1] if starts[-1] == starts[-2] else starts

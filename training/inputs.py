@@ -15,9 +15,10 @@ from transformers import AutoTokenizer
 from tessera.configs.recipes import read_yaml
 from tessera.configs.resolve import resolve_config
 from tessera.conversion.model_args import config_from_model_args, is_model_args
+from tessera.data.corpora import PreparedCorpus, meaning_of, open_folders
 from tessera.data.sources import read_documents
 from tessera.data.text import Tokens, split_documents
-from tessera.data.token_files import PreparedData, is_prepared, open_prepared
+from tessera.data.token_files import is_prepared
 from tessera.modeling.configuration_tessera import TesseraConfig
 from tessera.modeling.loading import first_sentence, read_config, read_json
 from tessera.tokenization import build_byte_tokenizer
@@ -30,13 +31,16 @@ SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclass
 class Corpus:
-    """What a run reads.
+    """What a run reads, or one of the corpora that it mixes.
 
     Attributes:
         tokenizer: of the tokens.
         source: the directory it came from, if it came from one.
         train, val: the two streams; memory-mapped where they were prepared.
         written_hash: sha256 of the training tokens, where it was written down with them.
+        name: what its figures are called in a mixture.
+        folder: where prepared tokens are.
+        weight: share of the rows, relative to other corpora; None where it is alone.
     """
 
     tokenizer: object
@@ -44,6 +48,9 @@ class Corpus:
     train: Tokens
     val: Tokens
     written_hash: str | None = None
+    name: str = ""
+    folder: str | None = None
+    weight: float | None = None
 
     @cached_property
     def train_hash(self) -> str:
@@ -57,53 +64,67 @@ class Corpus:
         return path if path and path.is_file() else None
 
 
-def open_corpus(
-    data: str, tokenizer: str | None, config: TesseraConfig, follow: bool
-) -> tuple[Corpus, TesseraConfig]:
+def open_corpora(
+    data: str | list[str],
+    tokenizer: str | None,
+    config: TesseraConfig,
+    follow: bool,
+    documents: bool = False,
+) -> tuple[list[Corpus], TesseraConfig]:
     """The tokens of a run and the configuration whose vocabulary fits them.
 
     Args:
-        data: a folder of prepared tokens, a text file, or a folder of text files.
+        data: a folder of prepared tokens, a text file, or a folder of text files; or several folders of
+            prepared tokens, each `folder:weight`.
         tokenizer: directory or Hub name; that of prepared tokens, or bytes for text, if not given.
         config: of the model.
         follow: whether the model's vocabulary may become the tokenizer's.
+        documents: whether it must be known where documents start.
 
     Raises:
         ValueError: if one of them cannot be read, they do not fit each other, or there is too little text.
     """
+    if isinstance(data, list) and len(data) > 1:
+        return _open_tokens(open_folders(data, documents), tokenizer, config, follow)
+    data = data[0] if isinstance(data, list) else data
     if Path(data).suffix == ".bin" and is_prepared(Path(data).parent):
         raise ValueError(f"{data} is part of the prepared tokens in {Path(data).parent}; give that folder")
     if is_prepared(data):
-        return _open_tokens(open_prepared(data), data, tokenizer, config, follow)
+        return _open_tokens(open_folders([data], documents), tokenizer, config, follow)
     loaded, source = load_tokenizer(tokenizer)
     config = fit_vocabulary(config, loaded, tokenizer, follow)
     train, val = split_documents(read_documents(data))
     if not val:
         raise ValueError(f"{data} leaves no text for validation; give more of it")
-    corpus = Corpus(loaded, source, encode(loaded, train), encode(loaded, val))
+    corpus = Corpus(loaded, source, encode(loaded, train), encode(loaded, val), name=Path(data).stem)
     if len(corpus.val.ids) < 2:
         raise ValueError(f"{data} is too short: its last tenth is for validation")
-    return corpus, config
+    return [corpus], config
 
 
 def _open_tokens(
-    prepared: PreparedData, data: str, given: str | None, config: TesseraConfig, follow: bool
-) -> tuple[Corpus, TesseraConfig]:
-    own = None if prepared.tokenizer is None else str(prepared.tokenizer)
+    prepared: list[PreparedCorpus], given: str | None, config: TesseraConfig, follow: bool
+) -> tuple[list[Corpus], TesseraConfig]:
+    own = prepared[0].data.tokenizer and str(prepared[0].data.tokenizer)
     tokenizer, source = load_tokenizer(own)
     if given is not None:
         theirs, tokenizer = tokenizer, load_tokenizer(given)[0]
-        if _backend(theirs) != _backend(tokenizer):
+        if meaning_of(theirs) != meaning_of(tokenizer):
             raise ValueError(
-                f"{data} was encoded with another tokenizer than {given}; leave --tokenizer out, or prepare "
-                "the text with that one"
+                f"{prepared[0].folder} was encoded with another tokenizer than {given}; leave --tokenizer "
+                "out, or prepare the text with that one"
             )
         source = Path(given) if Path(given).is_dir() else None
     config = fit_vocabulary(config, tokenizer, given or own, follow)
-    for ids in (prepared.train.ids, prepared.val.ids):
-        _require_ids_below(config.vocab_size, ids, data)
-    hashes = prepared.meta.get("sha256") or {}
-    return Corpus(tokenizer, source, prepared.train, prepared.val, hashes.get("train.bin")), config
+    corpora = []
+    for one in prepared:
+        for ids in (one.data.train.ids, one.data.val.ids):
+            _require_ids_below(config.vocab_size, ids, one.folder)
+        written = (one.data.meta.get("sha256") or {}).get("train.bin")
+        corpora.append(
+            Corpus(tokenizer, source, one.train, one.data.val, written, one.name, one.folder, one.weight)
+        )
+    return corpora, config
 
 
 def _require_ids_below(size: int, ids: np.ndarray, data: str) -> None:
@@ -112,12 +133,6 @@ def _require_ids_below(size: int, ids: np.ndarray, data: str) -> None:
     for start in range(0, len(ids), max(len(ids) // 256, block)):
         if (found := int(ids[start : start + block].max())) >= size:
             raise ValueError(f"{data} holds the token {found}, beyond the model's vocabulary of {size}")
-
-
-def _backend(tokenizer) -> str:
-    """What text becomes which ids by; chat templates and the like are not in it."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
 
 
 def read_model_config(given: str) -> tuple[TesseraConfig, bool]:
@@ -214,8 +229,11 @@ def encode(tokenizer, documents: list[bytes]) -> Tokens:
         )["input_ids"]
     )
     between = np.asarray(encode_one(b"\n") if eos is None else [eos], dtype=np.uint32)
-    parts = []
+    parts, starts = [], [0]
     for document in documents:
         parts += [np.asarray(encode_one(document), dtype=np.uint32), between]
+        starts.append(starts[-1] + len(parts[-2]) + len(between))
     ids = np.concatenate(parts[:-1] if eos is None else parts)
-    return Tokens(ids.astype(np.uint8) if len(tokenizer) <= 256 else ids, num_bytes)
+    starts[-1] = len(ids)
+    ids = ids.astype(np.uint8) if len(tokenizer) <= 256 else ids
+    return Tokens(ids, num_bytes, np.array(starts, dtype=np.uint64))

@@ -34,7 +34,6 @@ from tqdm import tqdm
 
 from tessera.configs.recipes import RECIPE_FILE
 from tessera.configs.resolve import is_byte_gpt_file
-from tessera.data.text import Windows
 from tessera.evaluation.bits_per_byte import TextLoss, text_loss
 from tessera.modeling.configuration_tessera import TesseraConfig
 from tessera.modeling.loading import load_model
@@ -42,7 +41,8 @@ from tessera.modeling.modeling_tessera import TesseraForCausalLM
 
 from .checkpoints import find_checkpoint, load_checkpoint, newest_verified, save_checkpoint, verify
 from .curves import draw_curve, read_metrics
-from .inputs import SPECIAL_IDS, TOKENIZER_META, adopt_vocabulary, open_corpus, read_model_config
+from .feed import Feed
+from .inputs import SPECIAL_IDS, TOKENIZER_META, adopt_vocabulary, open_corpora, read_model_config
 from .optimizers import build_optimizer
 from .pretrain_arguments import PretrainArguments, run_of
 from .schedules import cosine_with_warmup
@@ -122,10 +122,14 @@ class Run:
         weights = self._weights_to_start_from()
         if is_preset and weights is not None:
             config = adopt_vocabulary(config, weights)
-        self.corpus, config = open_corpus(
-            args.data_file, args.tokenizer, config, follow=is_preset and weights is None
+        self.corpora, config = open_corpora(
+            args.data_file,
+            args.tokenizer,
+            config,
+            follow=is_preset and weights is None,
+            documents=args.packing != "contiguous" or args.isolate_documents,
         )
-        self.tokenizer, self.train, self.val = self.corpus.tokenizer, self.corpus.train, self.corpus.val
+        self.tokenizer = self.corpora[0].tokenizer
         if smoke and weights is None:
             config = small_config(config)
         self.length = args.sequence_length or min(config.max_position_embeddings, 1024)
@@ -134,7 +138,8 @@ class Run:
                 f"sequence_length {self.length} is longer than the model's context of "
                 f"{config.max_position_embeddings} positions"
             )
-        self.windows = Windows(self.train.ids, self.length, args.seed)
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.feed = Feed(self.corpora, args, self.length, rank, processes)
         self.prompt = self._encode_prompt(config)
         self._plan()
         self.model = self._make_model(config, weights)
@@ -177,25 +182,13 @@ class Run:
         return prompt
 
     def _plan(self) -> None:
-        """Rows a process takes at a time, the number of steps (None: until the minutes are over), warm-up."""
-        args, processes = self.args, self.accelerator.num_processes
-        self.accumulation = args.accumulation or 1
-        if args.micro_batch_size and args.batch_size % processes == 0:
-            rows = args.batch_size // processes
-            fitting = range(-(-rows // args.micro_batch_size), rows + 1)
-            self.accumulation = next(count for count in fitting if rows % count == 0)
-        split = self.accumulation * processes
-        if args.batch_size % split:
-            raise ValueError(
-                f"batch_size ({args.batch_size}) does not divide into {self.accumulation} micro-batches on "
-                f"each of {processes} processes"
-            )
-        self.micro = args.batch_size // split
+        """The number of steps (None: until the minutes are over), and the warm-up."""
+        args = self.args
         limits = []
         if args.steps is not None:
             limits.append(args.steps)
         if args.epochs is not None:
-            limits.append(max(1, round(args.epochs * self.windows.per_epoch / args.batch_size)))
+            limits.append(self.feed.steps_in(args.epochs))
         if args.tokens is not None:
             limits.append(max(1, round(args.tokens / (args.batch_size * self.length))))
         self.total_steps = min(limits) if limits else None
@@ -234,11 +227,9 @@ class Run:
         """Trains, scores the text before and after, and writes the run directory."""
         self._start()
         before = self._evaluate(whole=not self.smoke)
-        self._record(val_loss=before.nats, val_bits_per_byte=before.bits_per_byte)
         self.say(f"before training: {_describe(before)}")
         self._train()
         after = self._evaluate(whole=not self.smoke)
-        self._record(val_loss=after.nats, val_bits_per_byte=after.bits_per_byte)
         self._checkpoint()
         sample = self._sample()
         final = self._finish(sample)
@@ -254,9 +245,11 @@ class Run:
         if self.resume:
             newest = self._checkpoint_to_resume()
             state = load_checkpoint(newest, self.accelerator, self.wrapped, self.optimizer)
-            if state["rows"] != self._rows_identity():
+            if state["rows"] != (ours := self._rows_identity()):
+                other = sorted(key for key in ours | state["rows"] if ours.get(key) != state["rows"].get(key))
                 raise ValueError(
-                    f"{newest} was trained on other data, or with another batch, window, seed or optimizer"
+                    f"{newest} was trained on other data, or with another batch, window, order, seed or "
+                    f"optimizer: it differs in {', '.join(other)}"
                 )
             self.step, self.seconds = state["step"], state["seconds"]
             self.say(f"resuming from {newest}")
@@ -280,7 +273,8 @@ class Run:
             self.say("smoke run: a few small steps to see that everything works; its figures mean nothing")
         self.say(
             f"{self.args.config}: {total:,} parameters, vocabulary {self.model.config.vocab_size}; "
-            f"{len(self.train.ids):,} tokens to train on, {len(self.val.ids):,} held out; {length} of "
+            f"{sum(len(one.train.ids) for one in self.corpora):,} tokens to train on, "
+            f"{sum(len(one.val.ids) for one in self.corpora):,} held out; {length} of "
             f"{self.args.batch_size} x {self.length} tokens on {self.accelerator.num_processes} x "
             f"{self.accelerator.device.type} in {precision}, {self.args.optimizer}"
         )
@@ -328,7 +322,9 @@ class Run:
                     )
                 if self.step - logged >= args.log_steps or self.step == 1:
                     logged = self.step
-                    self._record(loss=average, grad_norm=norm, **self._balance())
+                    self._record(
+                        loss=average, grad_norm=norm, **self._balance(), **self.feed.epochs(self.step)
+                    )
                 progress = self._progress()
                 rate = self.tokens / max(self.seconds, 1e-9)
                 status = f"loss {average:.3f}, {rate:,.0f} tok/s, step {self.step}"
@@ -350,7 +346,6 @@ class Run:
                     next_eval += evaluate
                 if progress < 1 and evaluate:
                     held_out = self._evaluate(whole=False)
-                    self._record(val_loss=held_out.nats, val_bits_per_byte=held_out.bits_per_byte)
                     if is_main:
                         bar.write(f"{100 * progress:3.0f} %  {_describe(held_out)}", file=sys.stderr)
                 minutes, steps = args.checkpoint_minutes, args.checkpoint_steps
@@ -383,22 +378,12 @@ class Run:
         factor = cosine_with_warmup(progress, self.warmup, args.floor)
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
-        count = args.batch_size * self.length
-        first = self.step * args.batch_size + accelerator.process_index * self.micro * self.accumulation
+        count = self.feed.counted(self.step)
         total = torch.zeros((), device=accelerator.device)
-        for i in range(self.accumulation):
-            rows = torch.from_numpy(self.windows.rows(first + i * self.micro, self.micro))
-            rows = rows.to(accelerator.device, non_blocking=True)
-            last = i == self.accumulation - 1
+        for i, batch in enumerate(self.feed.micro_batches(self.step, accelerator.device), start=1):
+            last = i == self.feed.accumulation
             with nullcontext() if last else accelerator.no_sync(self.wrapped):
-                # The rows hold their own targets: nothing is shifted inside, and every position counts.
-                loss = self.wrapped(
-                    input_ids=rows[:, :-1],
-                    labels=rows[:, :-1],
-                    shift_labels=rows[:, 1:].contiguous(),
-                    num_items_in_batch=count,
-                    use_cache=False,
-                ).loss
+                loss = self.wrapped(**batch, num_items_in_batch=count, use_cache=False).loss
                 # Processes average their gradients; the loss is already divided by the tokens of all.
                 accelerator.backward(loss * accelerator.num_processes)
             total += loss.detach()
@@ -408,11 +393,22 @@ class Run:
         return accelerator.reduce(total, "sum").item(), float(norm)
 
     def _evaluate(self, whole: bool) -> TextLoss:
-        every = 1 if whole else math.ceil(len(self.val.ids) / self.args.eval_tokens)
+        """Scores the held-out text, or a sample of it, and records that."""
+        tokens = sum(len(one.val.ids) for one in self.corpora)
+        every = 1 if whole else math.ceil(tokens / self.args.eval_tokens)
         fitting = LOGITS_AT_A_TIME // (self.length * self.model.config.padded_vocab_size)
         batch_size = max(1, min(16, fitting))
-        ids, num_bytes = self.val.ids, self.val.num_bytes
-        return text_loss(self.wrapped, ids, num_bytes, self.length, batch_size, self.accelerator, every)
+        losses, of_each = [], {}
+        for one in self.corpora:
+            ids, num_bytes = one.val.ids, one.val.num_bytes
+            loss = text_loss(self.wrapped, ids, num_bytes, self.length, batch_size, self.accelerator, every)
+            losses.append(loss)
+            if len(self.corpora) > 1:
+                of_each[f"val_loss/{one.name}"] = loss.nats
+                of_each[f"val_bits_per_byte/{one.name}"] = loss.bits_per_byte
+        mixed = self.feed.mixed(losses)
+        self._record(val_loss=mixed.nats, val_bits_per_byte=mixed.bits_per_byte, **of_each)
+        return mixed
 
     # ---- what it writes ----
 
@@ -446,15 +442,7 @@ class Run:
 
     def _rows_identity(self) -> dict:
         """What fixes which row a step sees, and the optimizer that its state is of."""
-        args = self.args
-        return {
-            "tokens": len(self.train.ids),
-            "sha256": self.corpus.train_hash,
-            "batch_size": args.batch_size,
-            "sequence_length": self.length,
-            "seed": args.seed,
-            "optimizer": [group["name"] for group in self.optimizer.param_groups],
-        }
+        return {**self.feed.identity(), "optimizer": [group["name"] for group in self.optimizer.param_groups]}
 
     def _checkpoint(self) -> None:
         state = {"seconds": self.seconds, "tokens": self.tokens, "rows": self._rows_identity()}
@@ -491,7 +479,7 @@ class Run:
             shutil.rmtree(aside, ignore_errors=True)
             self.model.save_pretrained(aside)
             self.tokenizer.save_pretrained(aside)
-            if notes := self.corpus.tokenizer_meta:
+            if notes := self.corpora[0].tokenizer_meta:
                 shutil.copyfile(notes, aside / TOKENIZER_META)
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)

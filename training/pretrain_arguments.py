@@ -12,6 +12,7 @@ from types import NoneType
 from typing import Any, get_args
 
 from tessera.configs.recipes import RECIPE_FILE, read_recipe
+from tessera.data.training_rows import PACKINGS
 
 from .pipeline_names import run_in_our_words
 
@@ -22,13 +23,16 @@ class PretrainArguments:
 
     Attributes:
         config: preset, Tessera config file (JSON or YAML), or ByteGPT's own JSON.
-        data_file: folder of tokens that `tessera data prepare` wrote, text file, or folder of text files.
+        data_file: folder of tokens that `tessera data prepare` wrote, text file, or folder of text files; or
+            several such folders of tokens, each `folder:weight` with its share of the rows.
+        packing: `contiguous`, the text cut into windows; or `best-fit`, rows that start at documents.
+        isolate_documents: keep documents of a row from seeing one another.
         save_path: run directory; a name ending in `.safetensors` also gets the final weights as that file.
         ckpt_path: directory of weights or of a run to start from; passed over, with a word, if nothing is
             there yet.
         tokenizer: directory or Hub name; default: that of prepared tokens, bytes for text.
         epochs, steps, minutes, tokens: length of the run; the first that is reached ends it. Default: one
-            epoch.
+            epoch, which of several corpora is that of the first that is through.
         batch_size: windows in an optimizer step, over all processes.
         accumulation: micro-batches that a step is split into on each process; default 1.
         micro_batch_size: windows that a process takes at a time at most; sets the accumulation, whatever
@@ -55,7 +59,7 @@ class PretrainArguments:
     """
 
     config: str
-    data_file: str
+    data_file: str | list[str]
     save_path: str = "runs/pretrain"
     ckpt_path: str | None = None
     tokenizer: str | None = None
@@ -67,6 +71,8 @@ class PretrainArguments:
     accumulation: int | None = None
     micro_batch_size: int | None = None
     sequence_length: int | None = None
+    packing: str = "contiguous"
+    isolate_documents: bool = False
     optimizer: str | None = None
     learning_rate: float | None = None
     weight_decay: float = 0.0
@@ -114,6 +120,12 @@ class PretrainArguments:
                 raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
         if self.precision not in ("auto", "fp32"):
             raise ValueError(f"precision must be 'auto' or 'fp32', got '{self.precision}'")
+        if self.packing not in PACKINGS:
+            raise ValueError(f"packing must be {' or '.join(map(repr, PACKINGS))}, got '{self.packing}'")
+        if isinstance(self.data_file, list) and len(self.data_file) == 1:
+            self.data_file = self.data_file[0]
+        if not self.data_file and isinstance(self.data_file, list):
+            raise ValueError("data_file is an empty list; name a folder or a file")
         if self.accumulation is not None and self.micro_batch_size is not None:
             raise ValueError("accumulation and micro_batch_size both split a step; give one of them")
         if self.tokens is not None:
@@ -218,7 +230,12 @@ def _read(recipe: str, processes: int) -> dict[str, Any]:
 
 
 def _fit(value: Any, annotation: Any, what: str) -> Any:
-    kind = next(kind for kind in (*get_args(annotation), annotation) if kind is not NoneType)
+    kinds = [kind for kind in get_args(annotation) or [annotation] if kind is not NoneType]
+    if list[str] in kinds and isinstance(value, list):
+        if all(type(part) is str for part in value):
+            return value
+        raise ValueError(f"{what} must be a text, or a list of texts, got {value!r}")
+    kind = kinds[0]
     if kind is int and type(value) is float and value.is_integer():
         return int(value)  # 2e9
     fits = type(value) in (int, float) if kind is float else type(value) is kind

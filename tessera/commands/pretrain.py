@@ -17,11 +17,12 @@ def pretrain(
         ),
     ] = None,
     data: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--data",
             "--data-file",
-            help="What `tessera data prepare` wrote, a text file, or a folder of text files.",
+            help="What `tessera data prepare` wrote, a text file, or a folder of text files. Several of the "
+            "first kind are mixed: --data A:0.7 --data B:0.3.",
         ),
     ] = None,
     recipe: Annotated[
@@ -55,6 +56,13 @@ def pretrain(
         int | None, typer.Option(help="Windows on a device at a time, at most; sets the accumulation.")
     ] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens in a window.")] = None,
+    packing: Annotated[
+        str | None,
+        typer.Option(help="Rows: contiguous, or best-fit, each from a document's start [contiguous]."),
+    ] = None,
+    isolate_documents: Annotated[
+        bool | None, typer.Option(help="Documents of a row do not see one another [they do].")
+    ] = None,
     optimizer: Annotated[
         str | None, typer.Option(help="muon or adamw [muon; for ByteGPT's own JSON adamw].")
     ] = None,
@@ -98,8 +106,9 @@ def pretrain(
         flags.pop(name, None)
     if resume_path is not None and not resume:
         raise ValueError(f"'{resume_path}' belongs to no option; a path to go on from is --resume PATH")
-    if "data" in flags:
-        flags["data_file"] = flags.pop("data")
+    data = flags.pop("data", None)
+    if data:
+        flags["data_file"] = data if len(data) > 1 else data[0]
     silence_transformers()
     from accelerate import PartialState
 
@@ -118,7 +127,8 @@ def pretrain(
 
             run = result.folder
             # Plain text was mostly trained on.
-            held_out = args.data_file if is_prepared(args.data_file) else "OTHER_TEXT"
+            one = isinstance(args.data_file, str) and is_prepared(args.data_file)
+            held_out = args.data_file if one else "OTHER_TEXT"
             typer.echo(
                 f"next: tessera eval --model {run} --data {held_out} | tessera sft --model {run} "
                 f"--data CHATS.jsonl | tessera generate --ckpt-path {run} --interactive"

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tessera import TesseraConfig, TesseraForCausalLM
+from tessera.data.training_rows import RowSequence
 from tessera.training import pretrain as trainer
 from tessera.training.checkpoints import find_checkpoint
 from tessera.training.inputs import encode
@@ -136,13 +137,13 @@ def test_gradient_checkpointing_does_not_change_the_weights(tmp_path, monkeypatc
 
 def test_each_step_trains_on_the_next_rows(tmp_path, monkeypatch):
     seen = []
-    rows = trainer.Windows.rows
+    batch = RowSequence.batch
 
-    def noted(self, first, count):
-        seen.extend(range(first, first + count))
-        return rows(self, first, count)
+    def noted(self, numbers):
+        seen.extend(numbers)
+        return batch(self, numbers)
 
-    monkeypatch.setattr(trainer.Windows, "rows", noted)
+    monkeypatch.setattr(RowSequence, "batch", noted)
     tiny_run(tmp_path, steps=5, accumulation=2)
     assert seen == list(range(20))
 
@@ -439,7 +440,10 @@ def broken_weights(folder: Path) -> str:
         ({"data_file": lambda folder: write_text(folder, "")}, "is empty"),
         ({"data_file": lambda folder: write_text(folder, "short")}, "validation; give more|too short"),
         ({"data_file": lambda folder: write_text(folder, "s" * 32)}, "but a window of 32 needs 33"),
-        ({"batch_size": 6, "accumulation": 4}, r"batch_size \(6\) does not divide into 4 micro-batches"),
+        (
+            {"batch_size": 3, "accumulation": 4},
+            r"batch_size \(3\) leaves some of 4 micro-batches on each of 1",
+        ),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"accumulation": 0}, "accumulation must be at least 1"),
         ({"steps": 0}, "steps must be positive"),

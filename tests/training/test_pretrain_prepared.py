@@ -86,14 +86,15 @@ def test_prepared_tokens_are_mapped_and_never_copied_or_hashed(words, tmp_path):
     tracemalloc.start()
     try:
         run = Run(tiny_arguments(tmp_path, **{**GIVEN, "sequence_length": 512}, data_file=tokens))
-        rows = run.windows.rows(0, 8)
+        rows = run.feed.sequence.batch(range(8)).input_ids
         identity = run._rows_identity()
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert isinstance(run.windows.ids, np.memmap) and np.shares_memory(run.windows.ids, run.train.ids)
-    assert rows.shape == (8, 513)
-    assert identity["sha256"] == "as written down" and identity["tokens"] == 32_000_000
+    (corpus,), (made,) = run.corpora, run.feed.sequence.corpora
+    assert isinstance(made.ids, np.memmap) and np.shares_memory(made.ids, corpus.train.ids)
+    assert rows.shape == (8, 512)
+    assert identity["sha256"] == ["as written down"] and identity["tokens"] == [32_000_000]
     assert peak < 16_000_000
 
 
