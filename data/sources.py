@@ -6,32 +6,33 @@ grow with the size of the data. What is done with the text (filters, tokens) is 
 - Text files (.txt, .md, ...; any other file that is named itself) hold several documents if they have lines
   `<|endoftext|>`, which stand between documents; otherwise a file is one document. One of more than a
   megabyte is cut after the next blank line (failing that, line end), so that no file is held in memory.
-- Tables hold a document a row: JSON lines, one JSON array, parquet.
-- All but parquet may be compressed: .gz, .xz.
-- A folder is every such file below it in the order of their paths. Plain .json files count only where a
-  folder holds nothing else, since they mostly describe what lies beside them; hidden files never do.
+- Tables hold a document a row: JSON lines, one JSON array, parquet, Arrow.
+- Text and JSON may be compressed: .gz, .xz, .zst.
+- A folder is every such file below it (files.py); where `datasets` saved splits, those of one split.
 - `org/name` that is no file is a dataset on the Hub.
 """
 
-import gzip
-import json
-import lzma
 import re
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from .files import (
+    COMPRESSIONS,
+    PIECE,
+    ROW_SUFFIXES,
+    UNREAD,
+    kind,
+    list_files,
+    open_bytes,
+    read_lines,
+    suffixes,
+)
+from .tables import read_table, require_column
 
 SEPARATOR = "<|endoftext|>"
-TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".csv", ".tsv", ".html", ".tex", ".log"}
-ROW_SUFFIXES = {".jsonl", ".json", ".parquet"}
-COMPRESSIONS: dict[str, Callable] = {".gz": gzip.open, ".xz": lzma.open}
-UNPACKING_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
-UNREAD = {".bz2", ".zip", ".zst"}  # what text also comes in
 # A text of which more than this share is not UTF-8 is in another encoding, or no text.
 UNDECODED = 0.1
-# Characters after which a document is cut where it next can be; at three times that, anywhere.
-PIECE = 2**20
 # Rows of a Hub dataset that are held and drawn from in random order: 20 MB or so of web pages.
 SHUFFLE_ROWS = 10_000
 
@@ -51,7 +52,7 @@ def read_texts(
     Args:
         sources: files, folders, or datasets on the Hub (`org/name`).
         column: column of JSON lines, parquet and Hub datasets that holds the text.
-        split: split of Hub datasets.
+        split: split of Hub datasets, and of folders that `DatasetDict.save_to_disk` wrote.
         name: configuration of Hub datasets, such as `en`.
         streaming: read Hub datasets as they come, instead of downloading them first.
         limit_bytes: stop with the document that reaches so many UTF-8 bytes. The sources then take turns, so
@@ -59,7 +60,7 @@ def read_texts(
         seed: shuffle the files of Hub datasets, and within a buffer their rows; None for their own order.
 
     Yields:
-        Documents that can be encoded as UTF-8: what was not UTF-8 is U+FFFD.
+        Documents that can be encoded as UTF-8: what was not UTF-8 is U+FFFD, and a warning tells where.
 
     Raises:
         ValueError: if there is no such source, nothing in it to read, no such column, or a broken file. What
@@ -88,8 +89,8 @@ def read_source(
     """Reads one source; arguments and errors are those of `read_texts`."""
     path = Path(source).expanduser()
     if source and path.exists():  # an empty one would be the current folder
-        texts = _read_files(_files_of(path), column)
-    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and _kind(path) is None:
+        texts = _read_files(list_files(_of_split(path, split)), column)
+    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and kind(path) is None:
         texts = _read_hub(source, column, split, name, streaming, seed)
     else:
         raise ValueError(f"there is no file or folder {source}, and a Hub dataset is written org/name")
@@ -106,9 +107,9 @@ def read_documents(path: str | Path) -> list[bytes]:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"there is no file or folder {path}")
-    files = _files_of(path)
+    files = list_files(path)
     for file in files:
-        if {*_suffixes(file)} & {*ROW_SUFFIXES, *COMPRESSIONS, *UNREAD}:
+        if {*suffixes(file)} & {*ROW_SUFFIXES, *COMPRESSIONS, *UNREAD}:
             raise ValueError(
                 f"{file} is no plain text; take the text out of it with tessera data prepare --data {path} "
                 "--output TOKENS, and use TOKENS"
@@ -160,75 +161,44 @@ def _encodable(text: str) -> str:
 # ---- files ----
 
 
-def _suffixes(path: Path) -> tuple[str, str]:
-    """Suffix and compression: (".jsonl", ".gz")."""
-    last = path.suffix.lower()
-    return (Path(path.stem).suffix.lower(), last) if last in COMPRESSIONS else (last, "")
-
-
-def _kind(path: Path) -> str | None:
-    """`rows`, `json` (plain, which may be anything), `text`, or None for what a folder does not give."""
-    suffix, compression = _suffixes(path)
-    if suffix in ROW_SUFFIXES:
-        return "json" if (suffix, compression) == (".json", "") else "rows"
-    return "text" if suffix in TEXT_SUFFIXES else None
-
-
-def _files_of(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    found: dict[str | None, list[Path]] = {}
-    for file in sorted(path.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if not hidden and file.is_file():
-            found.setdefault(_kind(file), []).append(file)
-    files = sorted(found.get("text", []) + found.get("rows", [])) or found.get("json", [])
-    if not files:
-        known = ", ".join(sorted(TEXT_SUFFIXES | ROW_SUFFIXES))
-        raise ValueError(f"no text in {path} (looked for {known}, the text ones also as .gz or .xz)")
-    return files
+def _of_split(path: Path, split: str) -> Path:
+    """The folder of one split where `datasets` saved several."""
+    if not (path / "dataset_dict.json").is_file():
+        return path
+    there = sorted(folder.name for folder in path.iterdir() if (folder / "dataset_info.json").is_file())
+    if split not in there:
+        raise ValueError(f"{path} has no split {split!r}; there are {', '.join(there)}")
+    return path / split
 
 
 def _read_files(files: list[Path], column: str) -> Iterator[str]:
     for file in files:
-        suffix, _ = _suffixes(file)
-        if suffix == ".parquet":
-            yield from _read_parquet(file, column)
-        elif suffix in ROW_SUFFIXES:
-            yield from _read_json(file, column)
+        if suffixes(file)[0] in ROW_SUFFIXES:
+            for where, row in read_table(file, column):
+                yield _text_of(row, column, where)
         else:
             yield from _read_text(file)
 
 
-def _open(file: Path) -> IO[str]:
-    # Line ends stay as they are; only a byte order mark at the beginning is no text.
-    opener = COMPRESSIONS.get(_suffixes(file)[1], open)
-    return opener(file, "rt", encoding="utf-8-sig", errors="replace", newline="")
-
-
 def _read_text(file: Path) -> Iterator[str]:
+    with open_bytes(file) as stream:
+        _require_text(stream.read(PIECE).decode("utf-8", "replace"), file)
     parts: list[str] = []
     length = 0
     separated = False
-    try:
-        with _open(file) as stream:
-            _require_text(stream.read(PIECE), file)
-            stream.seek(0)
-            # A line can be as long as the file.
-            while line := stream.readline(PIECE):
-                if line.startswith(SEPARATOR) and line.strip() == SEPARATOR:
-                    separated = True
-                    yield "".join(parts).strip("\r\n")
-                    parts, length = [], 0
-                    continue
-                parts.append(line)
-                length += len(line)
-                cut_here = line.isspace() or (length >= 2 * PIECE and line.endswith("\n"))
-                if length >= PIECE and (cut_here or length >= 3 * PIECE):
-                    yield "".join(parts)
-                    parts, length = [], 0
-    except UNPACKING_ERRORS as error:
-        raise ValueError(f"{file} cannot be unpacked: {error}") from error
+    # A line can be as long as the file.
+    for _, line in read_lines(file, longest=PIECE):
+        if line.startswith(SEPARATOR) and line.strip() == SEPARATOR:
+            separated = True
+            yield "".join(parts).strip("\r\n")
+            parts, length = [], 0
+            continue
+        parts.append(line)
+        length += len(line)
+        cut_here = line.isspace() or (length >= 2 * PIECE and line.endswith("\n"))
+        if length >= PIECE and (cut_here or length >= 3 * PIECE):
+            yield "".join(parts)
+            parts, length = [], 0
     text = "".join(parts)
     yield text.strip("\r\n") if separated else text
 
@@ -238,63 +208,15 @@ def _require_text(beginning: str, file: Path) -> None:
         raise ValueError(f"{file} is no text in UTF-8: convert it, unpack it, or leave it out")
 
 
-def _read_json(file: Path, column: str) -> Iterator[str]:
-    try:
-        with _open(file) as stream:
-            first = stream.read(1)
-            while first.isspace():
-                first = stream.read(1)
-            stream.seek(0)
-            if first == "[":
-                rows = _parse_json(stream.read(), f"{file}, which begins as a JSON array")
-                for number, row in enumerate(rows, start=1):
-                    yield _text_of(row, column, f"{file}, row {number}")
-                return
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    where = f"{file}, line {number}"
-                    yield _text_of(_parse_json(line, where), column, where)
-    except UNPACKING_ERRORS as error:
-        raise ValueError(f"{file} cannot be unpacked: {error}") from error
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # also numbers and nesting beyond what Python reads
-        raise ValueError(f"{where}, is not JSON: {error}") from error
-
-
-def _read_parquet(file: Path, column: str) -> Iterator[str]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise ValueError(f"{file} needs pyarrow to be read: pip install 'tessera-lm[data]'") from error
-    try:
-        table = parquet.ParquetFile(file)
-        _require_column(column, table.schema_arrow.names, str(file))
-        for batch in table.iter_batches(batch_size=1024, columns=[column]):
-            for value in batch.column(0).to_pylist():
-                yield _text_of({column: value}, column, str(file))
-    except pa.ArrowException as error:
-        raise ValueError(f"{file} is no whole parquet file: {str(error).splitlines()[0]}") from error
-
-
 def _text_of(row: Any, column: str, where: str) -> str:
     """The text of a row; none for a null."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected an object with a column {column!r}, got {type(row).__name__}")
-    _require_column(column, list(row), where)
+    require_column(column, list(row), where)
     text = row[column]
     if text is not None and not isinstance(text, str):
         raise ValueError(f"{where}: the column {column!r} holds {type(text).__name__}, expected text")
     return text or ""
-
-
-def _require_column(column: str, columns: list[str], where: str) -> None:
-    if column not in columns:
-        raise ValueError(f"{where}: there is no column {column!r}; there are {', '.join(columns)}")
 
 
 # ---- the Hub ----
@@ -314,7 +236,7 @@ def _read_hub(
         rows = load_dataset(dataset, name, split=split, streaming=streaming)
         columns = rows.column_names  # None where only the data tell
         if columns is not None:
-            _require_column(column, columns, title)
+            require_column(column, columns, title)
             rows = rows.select_columns([column])
         if seed is not None:
             rows = rows.shuffle(seed=seed, **({"buffer_size": SHUFFLE_ROWS} if streaming else {}))

@@ -94,14 +94,12 @@ def test_long_texts_are_hashed_in_blocks():
 
 
 def test_signatures_are_the_same_in_every_process():
-    script = "from tessera.data.deduplication import minhash\nprint(minhash('one two three four five six').tolist())"
+    text = "one two three four five six"
+    script = f"from tessera.data.deduplication import minhash; print(minhash({text!r}).tolist())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(minhash("one two three four five six").tolist())
+    assert done.stdout.strip() == str(minhash(text).tolist())
     # The same tomorrow: what was remembered on disk still counts.
-    assert (
-        hashlib.sha256(minhash("one two three four five six").tobytes()).hexdigest()[:16]
-        == "f6df5e0eec9a9ec3"
-    )
+    assert hashlib.sha256(minhash(text).tobytes()).hexdigest()[:16] == "f6df5e0eec9a9ec3"
 
 
 # ---- what is remembered ----
