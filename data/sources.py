@@ -120,6 +120,11 @@ def read_documents(path: str | Path) -> list[bytes]:
     return documents
 
 
+def read_file(file: Path, column: str = "text") -> Iterator[str]:
+    """Reads one file of a source; it may be empty. Documents and errors are those of `read_texts`."""
+    return (_encodable(text) for text in _read_files([file], column) if text and not text.isspace())
+
+
 def _read_all(streams: list[Iterator[str]], limit_bytes: int | None) -> Iterator[str]:
     if limit_bytes is None:
         for stream in streams:

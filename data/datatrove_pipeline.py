@@ -1,0 +1,421 @@
+"""The same preparation for corpora that outgrow one machine: datatrove's pipelines and executors.
+
+Notable:
+- a list of stages, each a list of datatrove's `PipelineStep`s and a number of tasks. `run_local` runs them
+here; examples/prepare_with_datatrove.py gives the same list to its executor for Slurm. Tasks share nothing
+but a folder that all of them can write to;
+- ours are the readers, the filters, the signatures and the encoder, which are those of `data prepare`; taken
+are datatrove's executors (which repeat only the tasks that failed), JSON lines between stages, and MinHash
+matching, which sorts on disk instead of holding every key in memory;
+- its own filters and signatures are not taken: they need spaCy for words, and are slower by an order of
+magnitude (benchmarks/filters.py).
+
+What belongs here: those steps, and their order. The result is a prepared folder as data/token_files.py has
+it. It holds the documents that `data prepare` would keep, but in the order of tasks, and of near duplicates
+it keeps one that need not be the first.
+"""
+
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .deduplication import BANDS, DUPLICATE, NEAR_DUPLICATE, fingerprint, minhash
+from .dropped import DroppedExamples
+from .encoding import build_encoder
+from .files import list_files
+from .filters import Filters
+from .hashing import file_sha256
+from .mixing import BATCH, Source
+from .prepare import _keep_tokenizer
+from .sources import read_file
+from .token_files import DTYPES, FORMAT, META, SPLITS
+
+try:
+    from datatrove.data import Document
+    from datatrove.executor.local import LocalPipelineExecutor
+    from datatrove.pipeline.base import PipelineStep
+    from datatrove.pipeline.dedup.minhash import (
+        MinhashConfig,
+        MinhashDedupBuckets,
+        MinhashDedupCluster,
+        MinhashDedupFilter,
+    )
+    from datatrove.pipeline.readers.huggingface import HuggingFaceDatasetReader
+    from datatrove.pipeline.readers.jsonl import JsonlReader
+    from datatrove.pipeline.writers.jsonl import JsonlWriter
+    from datatrove.utils.hashing import HashConfig
+except ImportError as error:
+    raise ImportError("this needs datatrove: pip install 'tessera-lm[datatrove]'") from error
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What runs once all tasks of the stage before are through.
+
+    Attributes:
+        name: for logs.
+        steps: datatrove's pipeline.
+        tasks: into how many parts it is divided.
+    """
+
+    name: str
+    steps: list[PipelineStep]
+    tasks: int
+
+
+def build_stages(
+    sources: list[Source],
+    work: str | Path,
+    output: str | Path,
+    *,
+    tokenizer: str | None = None,
+    filters: Filters | None = None,
+    val_fraction: float = 0.005,
+    tasks: int = 1,
+    bucket_tasks: int = 1,
+    explain: int = 0,
+) -> list[Stage]:
+    """The stages from sources to a prepared folder.
+
+    Args:
+        sources: files, folders, Hub datasets; without weights. Files are what tasks divide among each other.
+        work: folder on a file system that all machines share, for what stands between stages.
+        output: folder to write; it must not exist, or be empty.
+        tokenizer: directory or Hub name; bytes if not given.
+        filters: which documents to leave out; default: none.
+        val_fraction: share of the documents to hold out, drawn by their hashes.
+        tasks: parts that reading, filtering and encoding are divided into.
+        bucket_tasks: parts that matching is divided into for each of the 14 bands; each task needs a document
+            for each.
+        explain: examples of dropped documents for each reason and task, in `<work>/dropped`.
+
+    Raises:
+        ValueError: for what cannot work.
+    """
+    work, output, filters = Path(work).resolve(), Path(output).resolve(), filters or Filters()
+    if not sources:
+        raise ValueError("there is nothing to read: give a file, a folder, or a Hub dataset (org/name)")
+    if weighted := [source.source for source in sources if source.weight is not None]:
+        raise ValueError(
+            f"{weighted[0]} has a weight, but tasks that know nothing of each other keep no share"
+        )
+    if tasks < 1 or bucket_tasks < 1:
+        raise ValueError(f"there must be at least one task, got {min(tasks, bucket_tasks)}")
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"the share to hold out must be between 0 and 1, got {val_fraction}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and is not an empty folder; give another, or remove it first")
+    work.mkdir(parents=True, exist_ok=True)
+    kept_tokenizer = work / "tokenizer" if tokenizer else None
+    if kept_tokenizer:
+        shutil.rmtree(kept_tokenizer, ignore_errors=True)
+        _keep_tokenizer(tokenizer, kept_tokenizer)
+    kept = str(work / "kept")
+    filtering = [ReadSources(sources), AskFilters(filters, work, explain), JsonlWriter(kept)]
+    stages = [Stage("filter", filtering, tasks)]
+    encoding: list[PipelineStep] = [JsonlReader(kept)]
+    near = NEAR_DUPLICATE in filters.names
+    if near or DUPLICATE in filters.names:
+        bands = BANDS if near else 1
+        # One hash of a band's eight minima: they match when all of the eight do.
+        config = MinhashConfig(num_buckets=bands, hashes_per_bucket=1, hash_config=HashConfig(hash_fc="sha1"))
+        signatures, buckets, remove = (str(work / name) for name in ("signatures", "buckets", "remove"))
+        stages += [
+            Stage("signatures", [JsonlReader(kept), WriteSignatures(signatures, near)], tasks),
+            Stage(
+                "match",
+                [MinhashDedupBuckets(signatures, buckets, config=config)],
+                bands * bucket_tasks,
+            ),
+            Stage("cluster", [MinhashDedupCluster(buckets, remove, config=config)], 1),
+        ]
+        encoding.append(MinhashDedupFilter(remove))
+    encoding.append(WriteShards(work, kept_tokenizer, val_fraction))
+    account = {
+        "sources": [_given(source) for source in sources],
+        "filters": {"names": list(filters.names), "min_chars": filters.min_chars},
+        "val_fraction": val_fraction,
+    }
+    return [
+        *stages,
+        Stage("encode", encoding, tasks),
+        Stage("merge", [MergeShards(work, output, kept_tokenizer, account)], 1),
+    ]
+
+
+def run_local(stages: list[Stage], work: str | Path, *, workers: int = 1) -> None:
+    """Runs all stages on this machine; tasks that were through in an earlier call are not repeated.
+
+    Args:
+        stages: what `build_stages` returned.
+        work: the folder that it was given.
+        workers: tasks at a time, in processes of their own.
+    """
+    for stage in stages:
+        LocalPipelineExecutor(
+            stage.steps,
+            tasks=stage.tasks,
+            workers=min(workers, stage.tasks),
+            logging_dir=str(Path(work).resolve() / "logs" / stage.name),
+        ).run()
+
+
+def _given(source: Source) -> dict[str, Any]:
+    return {key: value for key, value in asdict(source).items() if value is not None}
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+class ReadSources(PipelineStep):
+    """Documents of this task's files, and its part of each Hub dataset."""
+
+    name = "Sources"
+    type = "READER"
+
+    def __init__(self, sources: list[Source]):
+        super().__init__()
+        self.sources = sources
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Yields documents with the number of their source as metadata."""
+        files = []
+        for number, source in enumerate(self.sources):
+            path = Path(source.source).expanduser()
+            if path.exists():
+                files += [(number, file) for file in list_files(path)]
+            else:
+                options = {"split": source.split} | ({"name": source.name} if source.name else {})
+                reader = HuggingFaceDatasetReader(
+                    source.source, options, streaming=True, text_key=source.column
+                )
+                for document in reader.run(None, rank, world_size):
+                    yield Document(text=document.text, id=document.id, metadata={"source": number})
+        for number, file in files[rank::world_size]:
+            for i, text in enumerate(read_file(file, self.sources[number].column)):
+                yield Document(text=text, id=f"{file}/{i}", metadata={"source": number})
+
+
+class AskFilters(PipelineStep):
+    """Our filters; what they drop is counted in `<work>/counts`, with examples in `<work>/dropped`."""
+
+    name = "Filters"
+    type = "FILTER"
+
+    def __init__(self, filters: Filters, work: Path, explain: int):
+        super().__init__()
+        self.filters, self.work, self.explain = filters, str(work), explain
+
+    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> Iterator[Document]:
+        """Yields the documents that stay, without the lines that go."""
+        dropped, lines, read, kept = Counter(), Counter(), Counter(), 0
+        examples = DroppedExamples(self.explain)
+        for document in data:
+            read[str(document.metadata["source"])] += 1
+            with self.track_time():
+                examined = self.filters.examine(document.text)
+            lines.update(examined.lines)
+            if examined.dropped:
+                dropped[examined.dropped.reason] += 1
+                self.stat_update("dropped", f"dropped_{examined.dropped.reason}")
+                examples.add(document.text, examined.dropped, document.id)
+                continue
+            self.stat_update("forwarded")
+            kept += 1
+            document.text = examined.text
+            yield document
+        counts = {"read": read, "dropped": dropped, "lines_dropped": lines, "kept": kept}
+        _write_json(Path(self.work) / "counts" / f"{rank:05d}.json", counts)
+        if self.explain:
+            folder = Path(self.work) / "dropped" / f"{rank:05d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            examples.write(folder)
+
+
+class WriteSignatures(PipelineStep):
+    """Signatures in the files that datatrove's matching reads: a sorted one for each band and task."""
+
+    name = "Signatures"
+    type = "DEDUP"
+
+    def __init__(self, folder: str, near: bool):
+        super().__init__()
+        self.folder, self.near = folder, near
+
+    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> None:
+        """Writes `bucket_<band>/<rank>.minhash.sig`: 8 bytes of key and 4 of the document's number."""
+        rows = []
+        for document in data:
+            with self.track_time():
+                rows.append(minhash(document.text) if self.near else _exact_key(document.text))
+        bands = BANDS if self.near else 1
+        keys = np.array(rows, dtype=np.uint64).reshape(-1, bands)
+        for band in range(bands):
+            records = np.empty(len(keys), dtype=[("key", "<u8"), ("document", "<u4")])
+            # Matching leaves out what is not below 2^61 - 1.
+            records["key"] = keys[:, band] >> np.uint64(4)
+            records["document"] = np.arange(len(keys))
+            path = Path(self.folder) / f"bucket_{band:03d}" / f"{rank:05d}.minhash.sig"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.sort(records, order=("key", "document")).tofile(path)
+
+
+def _exact_key(text: str) -> list[int]:
+    return [int.from_bytes(fingerprint(text)[8:16], "little")]
+
+
+class WriteShards(PipelineStep):
+    """Token ids of one task, by split, in `<work>/tokens/<rank>`."""
+
+    name = "Encoder"
+    type = "TOKENIZER"
+
+    def __init__(self, work: Path, tokenizer: Path | None, val_fraction: float):
+        super().__init__()
+        self.work, self.tokenizer, self.val_fraction = str(work), tokenizer, val_fraction
+
+    def run(self, data: Iterator[Document], rank: int = 0, world_size: int = 1) -> None:
+        """Writes ids, a separator after each document, and their numbers."""
+        folder = Path(self.work) / "tokens" / f"{rank:05d}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        with tempfile.TemporaryDirectory() as scratch:
+            encoder = build_encoder(self.tokenizer, Filters(), Path(scratch))
+            files = {split: (folder / f"{split}.bin").open("wb") for split in SPLITS}
+            lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
+            account = {split: {"bytes": 0, "max_id": 0} for split in SPLITS}
+            of_sources: dict[str, Counter] = {}
+            dtype = np.dtype(DTYPES[encoder.dtype])
+            separator = np.asarray(encoder.separator, dtype=dtype)
+            for batch in _batches(data):
+                with self.track_time():
+                    encoded = encoder.encode([document.text for document in batch])
+                for document, ids in zip(batch, encoded, strict=True):
+                    draw = int.from_bytes(fingerprint(document.text)[:8], "little") / 2**64
+                    split = "val" if draw < self.val_fraction else "train"
+                    ids = np.concatenate([ids.astype(dtype), separator])
+                    files[split].write(ids.tobytes())
+                    lengths[split].append(len(ids))
+                    size = len(document.text.encode("utf-8"))
+                    account[split]["bytes"] += size
+                    account[split]["max_id"] = max(account[split]["max_id"], int(ids.max()))
+                    counts = of_sources.setdefault(str(document.metadata["source"]), Counter())
+                    counts.update(documents=1, tokens=len(ids), bytes=size)
+            for split, file in files.items():
+                file.close()
+                np.array(lengths[split], dtype="<u8").tofile(folder / f"{split}.lengths")
+            known = {"dtype": encoder.dtype, "vocab_size": encoder.vocab_size, "eos_token_id": encoder.eos}
+            known["separator"] = list(encoder.separator)
+            _write_json(folder / "account.json", {"splits": account, "sources": of_sources, "encoder": known})
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch, chars = [], 0
+    for document in documents:
+        batch.append(document)
+        chars += len(document.text)
+        if chars >= BATCH:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+class MergeShards(PipelineStep):
+    """All tasks' ids in one prepared folder, in the order of the tasks."""
+
+    name = "Merge"
+    type = "WRITER"
+
+    def __init__(self, work: Path, output: Path, tokenizer: Path | None, account: dict):
+        super().__init__()
+        self.work, self.output, self.tokenizer, self.account = str(work), str(output), tokenizer, account
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+        """Writes `train.bin`, `val.bin`, their `.idx`, the tokenizer and `data_meta.json`.
+
+        Raises:
+            ValueError: if a split is empty.
+        """
+        shards = sorted((Path(self.work) / "tokens").iterdir())
+        accounts = [json.loads((shard / "account.json").read_text(encoding="utf-8")) for shard in shards]
+        counted = sorted((Path(self.work) / "counts").iterdir())
+        counts = [json.loads(path.read_text(encoding="utf-8")) for path in counted]
+        partial = Path(f"{self.output}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        encoder = accounts[0]["encoder"]
+        splits = {split: _merge(partial, split, shards, accounts) for split in SPLITS}
+        if self.tokenizer:
+            shutil.copytree(self.tokenizer, partial / "tokenizer")
+        written = sum(split["documents"] for split in splits.values())
+        dropped, lines = Counter(), Counter()
+        for count in counts:
+            dropped.update(count["dropped"])
+            lines.update(count["lines_dropped"])
+        if twins := sum(count["kept"] for count in counts) - written:
+            near = NEAR_DUPLICATE in self.account["filters"]["names"]
+            dropped[NEAR_DUPLICATE if near else DUPLICATE] = twins
+        sources = []
+        for number, source in enumerate(self.account["sources"]):
+            total = Counter(documents=0, tokens=0, bytes=0)
+            for account in accounts:
+                total.update(account["sources"].get(str(number), {}))
+            read = sum(count["read"].get(str(number), 0) for count in counts)
+            sources.append({**source, "read": read, **total, "ended": True})
+        meta = {
+            "format": FORMAT,
+            "dtype": encoder["dtype"],
+            "vocab_size": encoder["vocab_size"],
+            "eos_token_id": encoder["eos_token_id"],
+            "tokenizer_sha256": file_sha256(self.tokenizer / "tokenizer.json") if self.tokenizer else None,
+            **splits,
+            "sha256": {
+                f"{split}.{suffix}": file_sha256(partial / f"{split}.{suffix}")
+                for split in SPLITS
+                for suffix in ("bin", "idx")
+            },
+            "sources": sources,
+            "filters": {**self.account["filters"], "dropped": dict(dropped), "lines_dropped": dict(lines)},
+            "val_fraction": self.account["val_fraction"],
+            "val_data": None,
+            "token_budget": None,
+            "seed": None,
+        }
+        (partial / META).write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if Path(self.output).is_dir():
+            Path(self.output).rmdir()
+        partial.rename(self.output)
+
+
+def _merge(folder: Path, split: str, shards: list[Path], accounts: list[dict]) -> dict[str, int]:
+    """One split: ids one after the other, and where each document starts."""
+    lengths = np.concatenate([np.fromfile(shard / f"{split}.lengths", dtype="<u8") for shard in shards])
+    if not len(lengths):
+        raise ValueError(
+            f"no document is left for {split}: choose other filters, another val_fraction, or more text"
+        )
+    with (folder / f"{split}.bin").open("wb") as merged:
+        for shard in shards:
+            with (shard / f"{split}.bin").open("rb") as part:
+                shutil.copyfileobj(part, merged, 2**22)
+        encoder = accounts[0]["encoder"]
+        if encoder["eos_token_id"] is None:  # a separator stands between documents, not after the last
+            lengths[-1] -= len(encoder["separator"])
+            merged.truncate(int(lengths.sum()) * np.dtype(DTYPES[encoder["dtype"]]).itemsize)
+    np.append(np.uint64(0), np.cumsum(lengths, dtype="<u8")).astype("<u8").tofile(folder / f"{split}.idx")
+    return {
+        "documents": len(lengths),
+        "tokens": int(lengths.sum()),
+        "bytes": sum(account["splits"][split]["bytes"] for account in accounts) + len(lengths) - 1,
+        "max_id": max(account["splits"][split]["max_id"] for account in accounts),
+    }

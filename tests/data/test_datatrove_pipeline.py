@@ -1,0 +1,147 @@
+"""The same preparation by datatrove's executors: what `data prepare` keeps, whatever the number of tasks."""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tessera.data.filters import choose_filters
+from tessera.data.mixing import Source
+from tessera.data.prepare import prepare
+from tessera.data.token_files import open_prepared
+
+pytest.importorskip("datatrove", reason="an optional extra")
+from tessera.data.datatrove_pipeline import build_stages, run_local  # noqa: E402
+
+WORDS = [f"{a}{b}" for a in "bcdfgh" for b in ("ale", "ore", "int", "ust")]
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Its logs go to stderr, hundreds of lines a run."""
+    from loguru import logger
+
+    logger.disable("datatrove")
+
+
+@pytest.fixture
+def corpus(tmp_path) -> str:
+    """Four files of 30 texts; one has a twin in another file and one a near twin. Below each is a menu."""
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS, k=60)) + ".\nMenu" for _ in range(120)]
+    texts[40] = texts[0]
+    texts[100] = texts[70].replace(" ", " -- ", 3)
+    texts[5] = "too few words."
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for i in range(4):
+        rows = [json.dumps({"text": text}) + "\n" for text in texts[30 * i : 30 * i + 30]]
+        (folder / f"{i}.jsonl").write_text("".join(rows))
+    return str(folder)
+
+
+@pytest.fixture
+def words(tmp_path) -> str:
+    """A tokenizer of whole words with an end-of-text token."""
+    vocabulary = {word: i for i, word in enumerate(["<eos>", "?", ".", *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(tmp_path / "words")
+    return str(tmp_path / "words")
+
+
+def documents(folder: Path) -> dict[str, Counter]:
+    """Ids of each document, by split, as the format says."""
+    meta = json.loads((folder / "data_meta.json").read_text())
+    code = {"uint8": "u1", "uint16": "<u2"}[meta["dtype"]]
+    found = {}
+    for split in ("train", "val"):
+        ids = np.fromfile(folder / f"{split}.bin", dtype=code)
+        starts = np.fromfile(folder / f"{split}.idx", dtype="<u8").astype(int)
+        parts = (tuple(ids[a:b].tolist()) for a, b in zip(starts, starts[1:], strict=False))
+        # Of bytes, the last document has no separator.
+        found[split] = Counter(part if meta["eos_token_id"] is not None else part[:50] for part in parts)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("tasks", "workers", "with_tokenizer"),
+    [(1, 1, True), (3, 1, False), pytest.param(3, 2, True, marks=pytest.mark.distributed)],
+)
+def test_tasks_keep_what_one_process_keeps(tmp_path, corpus, words, with_tokenizer, tasks, workers):
+    chosen = choose_filters("few_words,open_lines,duplicate,near_duplicate")
+    tokenizer = words if with_tokenizer else None
+    given = {"tokenizer": tokenizer, "filters": chosen, "val_fraction": 0.2}
+    ours = prepare([Source(corpus)], tmp_path / "ours", **given)
+    work, out = tmp_path / "work", tmp_path / "out"
+    stages = build_stages([Source(corpus)], work, out, tasks=tasks, explain=2, **given)
+    run_local(stages, work, workers=workers)
+    meta = open_prepared(out, verify=True).meta
+    twins = sum(ours["filters"]["dropped"][name] for name in ("duplicate", "near_duplicate"))
+    assert twins == 2 and meta["filters"]["dropped"] == {"few_words": 1, "near_duplicate": 2}
+    assert meta["filters"]["lines_dropped"] == ours["filters"]["lines_dropped"]
+    # The pair that is only nearly the same has one member here, and perhaps the other one there.
+    for split, found in documents(out).items():
+        difference = (found - documents(tmp_path / "ours")[split]) + (
+            documents(tmp_path / "ours")[split] - found
+        )
+        assert difference.total() <= 2
+        assert found.total() > 10
+    assert meta["train"]["documents"] + meta["val"]["documents"] == 117
+    same = ("format", "dtype", "vocab_size", "eos_token_id", "tokenizer_sha256", "val_fraction")
+    assert [meta[key] for key in same] == [ours[key] for key in same] and set(meta) == set(ours)
+    assert meta["sources"][0]["read"] == 120 and meta["sources"][0]["documents"] == 117
+    examples = [json.loads(line) for file in work.glob("dropped/*/*") for line in file.open()]
+    assert [example["text"] for example in examples] == ["too few words."]
+
+
+def test_exact_duplicates_alone_leave_near_ones(tmp_path, corpus):
+    work, out = tmp_path / "work", tmp_path / "out"
+    stages = build_stages(
+        [Source(corpus)], work, out, tasks=2, filters=choose_filters("duplicate"), val_fraction=0.2
+    )
+    assert [stage.name for stage in stages] == ["filter", "signatures", "match", "cluster", "encode", "merge"]
+    run_local(stages, work)
+    meta = open_prepared(out, verify=True).meta
+    assert meta["filters"]["dropped"] == {"duplicate": 1}
+    run_local(stages, work)  # nothing is left to do
+
+
+def test_the_list_goes_to_the_executor_for_slurm_as_it_is(tmp_path, corpus):
+    from prepare_with_datatrove import slurm_executors
+
+    stages = build_stages([Source(corpus)], tmp_path / "work", tmp_path / "out", tasks=4)
+    last = slurm_executors(stages, tmp_path / "work", partition="cpu", time="1:00:00")
+    assert [stage.name for stage in stages] == ["filter", "encode", "merge"]
+    assert last.pipeline is stages[2].steps and last.depends.pipeline is stages[1].steps
+    assert (last.tasks, last.depends.tasks, last.depends.depends.tasks) == (1, 4, 4)
+    assert last.depends.depends.depends is None
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"sources": []}, "nothing to read"),
+        ({"sources": [Source("x", weight=1.0)]}, "x has a weight"),
+        ({"tasks": 0}, "at least one task"),
+        ({"val_fraction": 1.0}, "between 0 and 1"),
+    ],
+)
+def test_what_cannot_work_is_refused(tmp_path, given, sentence):
+    arguments = {
+        "sources": [Source(str(tmp_path))],
+        "work": tmp_path / "w",
+        "output": tmp_path / "o",
+        **given,
+    }
+    with pytest.raises(ValueError, match=sentence):
+        build_stages(**arguments)
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "x").touch()
+    with pytest.raises(ValueError, match="not an empty folder"):
+        build_stages([Source(str(tmp_path))], tmp_path / "w", tmp_path / "o")
