@@ -11,8 +11,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-# A word that no template writes itself.
-_PROBE = "tesseraprobe"
+from tessera.tokenization.chat import find_end_of_turn
 
 # names of the region with the model's thoughts
 _REASONING = ("thinking", "reasoning", "reasoning_content")
@@ -37,7 +36,8 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.available = bool(tokenizer.chat_template)
         self.template = getattr(tokenizer, "response_template", None) if self.available else None
-        self.end_ids = self._find_end() if self.available else frozenset()
+        end = find_end_of_turn(tokenizer) if self.available else None
+        self.end_ids = frozenset() if end is None else frozenset({end})
         spelled = json.dumps(self.template, ensure_ascii=False) if self.template else ""
         self.shown = frozenset(
             id
@@ -86,16 +86,6 @@ class ChatFormat:
             return AnswerReader()
         start = self.tokenizer.decode(prompt, skip_special_tokens=False)
         return AnswerReader(self.tokenizer.get_response_parser(prefix=start, tools=tools))
-
-    def _find_end(self) -> frozenset[int]:
-        """What the template writes behind an assistant's words."""
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
-        try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        except (TemplateError, TypeError, KeyError):
-            return frozenset()
-        ids = self.tokenizer(text.rpartition(_PROBE)[2], add_special_tokens=False)["input_ids"]
-        return frozenset(id for id in ids[:1] if id in self.tokenizer.added_tokens_decoder)
 
 
 class AnswerReader:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .byte_tokenizer import ByteTokenizer, build_byte_tokenizer
-    from .chat import SPECIAL_TOKENS, add_chat, chat_template
+    from .chat import SPECIAL_TOKENS, add_chat, chat_template, find_end_of_turn, load_chat_tokenizer
     from .importing import import_tokenizer
     from .save import save_tokenizer
     from .train import train_tokenizer
@@ -19,7 +19,9 @@ _ROOM_OF = {
     "add_chat": "chat",
     "build_byte_tokenizer": "byte_tokenizer",
     "chat_template": "chat",
+    "find_end_of_turn": "chat",
     "import_tokenizer": "importing",
+    "load_chat_tokenizer": "chat",
     "save_tokenizer": "save",
     "train_tokenizer": "train",
 }
@@ -30,7 +32,9 @@ __all__ = [
     "add_chat",
     "build_byte_tokenizer",
     "chat_template",
+    "find_end_of_turn",
     "import_tokenizer",
+    "load_chat_tokenizer",
     "save_tokenizer",
     "train_tokenizer",
 ]

@@ -33,14 +33,13 @@ from transformers.trainer_callback import PrinterCallback
 
 from tessera.data.chat import check_template
 from tessera.modeling.loading import load_model, read_config
-from tessera.tokenization import add_chat, build_byte_tokenizer
+from tessera.tokenization import add_chat, build_byte_tokenizer, find_end_of_turn
 
 from .checkpoints import find_checkpoint, newest_verified
 from .curves import read_metrics
 from .held_out import answer
 from .trainer_parts import Journal
 
-END_OF_TURN = "<|im_end|>"
 DEFAULT_LENGTH = 2048
 DROPOUTS = ("attention_dropout", "embd_pdrop", "resid_pdrop")
 TOKENIZER_META = "tokenizer_meta.json"  # notes that transformers does not copy with the tokenizer
@@ -205,12 +204,14 @@ class Workshop:
                 )
             self.say(f"adding {new} tokens of the chat template to the model's vocabulary")
             self.model.resize_token_embeddings(len(tokenizer))
+        turn_end = find_end_of_turn(tokenizer)
+        ends = [end for end in (turn_end, tokenizer.eos_token_id) if end is not None]
+        if not ends:
+            raise ValueError(f"nothing would end an answer: the tokenizer of {source} has no token for it")
         if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token or END_OF_TURN
-        vocabulary = tokenizer.get_vocab()
-        ends = [vocabulary[token] for token in (END_OF_TURN, tokenizer.eos_token) if token in vocabulary]
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(ends[-1])
         generation = self.model.generation_config
-        generation.eos_token_id = list(dict.fromkeys(ends)) or None
+        generation.eos_token_id = list(dict.fromkeys(ends))
         generation.pad_token_id, generation.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
         return tokenizer
 
