@@ -1,9 +1,9 @@
-"""Conversations: rows of known datasets as `{"messages": [...], "tools": [...]}`, and these as token ids.
+"""Conversations: rows of known datasets as `{"messages": [...], "tools": [...]}`.
 
 Messages are OpenAI's: `role` system, user, assistant or tool, `content`, and where there are any
 `reasoning_content` and `tool_calls`. What belongs here: the shapes that conversations come in (`ROW_SHAPES`,
-`HUB_DATASETS`), what makes one unusable, and which of its tokens are the assistant's. How a conversation is
-written out as text is the tokenizer's chat template's business alone.
+`PRESETS`) and what makes one unusable. How a conversation is written out as text is the tokenizer's chat
+template's business alone; `chat_rows.py` makes token ids of it.
 """
 
 import json
@@ -12,14 +12,21 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .rows import read_rows
 
-# What the chat format begins and ends a turn with (`tokenization/chat.py`).
-TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
-
-IGNORED = -100  # label of a token that is not trained on
+# What begins and ends turns in the chat formats of `tokenization/chat.py`.
+TURN_TOKENS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+)
 
 ROLES = {
     "system": "system",
@@ -58,35 +65,90 @@ THOUGHTS = (
 
 @dataclass(frozen=True)
 class HubDataset:
-    """Where in a dataset on the Hub its conversations are."""
+    """Where on the Hub conversations are.
 
-    name: str | None
-    splits: tuple[str, ...]
+    Attributes:
+        path: of the dataset.
+        name: of its configuration; None for its only one.
+        splits: to train on, the first of them that there is.
+    """
+
+    path: str
+    name: str | None = None
+    splits: tuple[str, ...] = ("train",)
 
 
-HUB_DATASETS = {
-    "open-thoughts/OpenThoughts-114k": HubDataset(None, ("train",)),
-    "nvidia/OpenCodeReasoning": HubDataset("split_0", ("split_0", "train")),
-    "HuggingFaceH4/ultrachat_200k": HubDataset(None, ("train_sft",)),
-    "HuggingFaceTB/smoltalk": HubDataset("all", ("train",)),
+PRESETS = {
+    "openthoughts": HubDataset("open-thoughts/OpenThoughts-114k"),
+    # The one split of this configuration has been called both.
+    "opencodereasoning": HubDataset("nvidia/OpenCodeReasoning", "split_0", ("split_0", "train")),
+    "ultrachat": HubDataset("HuggingFaceH4/ultrachat_200k", None, ("train_sft",)),
+    "smoltalk": HubDataset("HuggingFaceTB/smoltalk", "all"),
+    "tulu3": HubDataset("allenai/tulu-3-sft-mixture"),
+    "no-robots": HubDataset("HuggingFaceH4/no_robots", None, ("train", "train_sft")),
+    "openhermes": HubDataset("teknium/OpenHermes-2.5"),
+    "dolly": HubDataset("databricks/databricks-dolly-15k"),
+    "alpaca": HubDataset("tatsu-lab/alpaca"),
+    "gsm8k": HubDataset("openai/gsm8k", "main"),
 }
+
+
+def find_dataset(source: str) -> HubDataset:
+    """The preset of this name or path, where no file has it; else the source as it is."""
+    if not Path(source).expanduser().exists():
+        if source in PRESETS:
+            return PRESETS[source]
+        for known in PRESETS.values():
+            if known.path == source:
+                return known
+    return HubDataset(source)
+
+
+def preset_path(preset: str) -> str:
+    """Where on the Hub a preset is.
+
+    Raises:
+        ValueError: if there is none of this name.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"there is no preset {preset!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[preset].path
+
+
+class Conversation(dict):
+    """A conversation that knows where it was read.
+
+    Attributes:
+        place: source and number of the row, for sentences about it.
+    """
+
+    place = ""
 
 
 def _from_messages(row: dict) -> list[dict]:
     return list(row["messages"])
 
 
+def _system(row: dict) -> list[dict]:
+    """What stands in a column of its own before the first turn."""
+    text = row.get("system") or row.get("system_prompt")
+    return [{"role": "system", "content": text}] if text else []
+
+
 def _from_conversations(row: dict) -> list[dict]:
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return system + list(row["conversations"])
+    messages = list(row["conversations"])
+    first = messages[0] if messages and isinstance(messages[0], dict) else {}
+    named = first.get("role") or first.get("from")
+    return messages if named == "system" else _system(row) + messages
 
 
 def _from_pair(question: str, answer: str) -> Callable[[dict], list[dict]]:
     """Two columns, each a text or itself a list of messages."""
 
     def messages(row: dict) -> list[dict]:
-        system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-        return system + as_messages(row[question], "user") + as_messages(row[answer], "assistant")
+        if row[question] == "-":
+            raise ValueError(f"the {question} is '-': this part of the dataset does not hold its questions")
+        return _system(row) + as_messages(row[question], "user") + as_messages(row[answer], "assistant")
 
     return messages
 
@@ -95,7 +157,7 @@ def _from_instruction(row: dict) -> list[dict]:
     more = row.get("input") or row.get("context")
     question = f"{row['instruction']}\n\n{more}" if more else row["instruction"]
     answer = row["output"] if "output" in row else row["response"]
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return _system(row) + [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 # Columns that a row has -> its messages. The first that fits is taken.
@@ -106,6 +168,9 @@ ROW_SHAPES: tuple[tuple[set[str], Callable[[dict], list[dict]]], ...] = (
     ({"prompt", "response"}, _from_pair("prompt", "response")),
     ({"prompt", "answer"}, _from_pair("prompt", "answer")),
     ({"question", "answer"}, _from_pair("question", "answer")),
+    ({"question", "response"}, _from_pair("question", "response")),
+    ({"query", "response"}, _from_pair("query", "response")),
+    ({"problem", "solution"}, _from_pair("problem", "solution")),
     ({"instruction", "output"}, _from_instruction),
     ({"instruction", "response"}, _from_instruction),
     ({"input", "output"}, _from_pair("input", "output")),
@@ -150,7 +215,7 @@ def to_message(given: dict) -> dict:
     if role is None:
         named = given.get("role") or given.get("from")
         raise ValueError(f"a message has the role {named!r}; expected system, user, assistant or tool")
-    content = given.get("content", given.get("value"))
+    content = given.get("value") if given.get("content") is None else given["content"]
     calls = given.get("tool_calls") or ([given["tool_call"]] if given.get("tool_call") else [])
     if content is None and not calls:
         raise ValueError(f"a message of the {role} has no content; it has {', '.join(given)}")
@@ -194,8 +259,8 @@ def find_problem(conversation: dict) -> str | None:
         if role == "assistant" and not any(map(message.get, ("content", "tool_calls", "reasoning_content"))):
             return "with an empty answer"
         # In the text of a turn these would end it and begin another, which nobody said.
-        if any(token in text for text in _texts(message) for token in (TURN_START, TURN_END)):
-            return f"that spell {TURN_START} or {TURN_END}"
+        if any(token in text for text in _texts(message) for token in TURN_TOKENS):
+            return "that spell a token which begins or ends turns"
         before = role
     return None
 
@@ -220,13 +285,12 @@ def load_conversations(
     limit: int | None = None,
     streaming: bool = True,
     say: Callable[[str], None] | None = None,
-) -> Iterator[dict]:
+) -> Iterator[Conversation]:
     """Reads conversations one at a time; those that cannot be learnt from are left out and counted.
 
     Args:
-        source: file or folder (JSON lines, JSON, parquet), or Hub dataset; see `HUB_DATASETS` for those whose
-            places are known.
-        split, name: of another Hub dataset; default: `train`, and its only configuration.
+        source: file or folder (JSON lines, JSON, parquet), Hub dataset, or name in `PRESETS`.
+        split, name: of a Hub dataset; default: those of its preset, or `train` and its only configuration.
         limit: conversations to read at most.
         streaming: read a Hub dataset as it comes.
         say: what is told how many were left out, at the end; default: prints to stderr.
@@ -234,14 +298,14 @@ def load_conversations(
     Raises:
         ValueError: if there is nothing there, rows have no shape that is known, or no usable one remains.
     """
-    known = HUB_DATASETS.get(source, HubDataset(None, ("train",)))
-    splits = (split,) if split else known.splits
+    known = find_dataset(source)
+    source, splits = known.path, (split,) if split else known.splits
     rows = read_rows(source, splits=splits, name=name or known.name, streaming=streaming)
     say = say or (lambda text: print(text, file=sys.stderr))
     number, kept, dropped, example = 0, 0, Counter(), {}
     for number, row in enumerate(rows, start=1):
         try:
-            conversation = to_conversation(row)
+            conversation = Conversation(to_conversation(row))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{source}, row {number}: {error}") from error
         problem = find_problem(conversation)
@@ -249,6 +313,7 @@ def load_conversations(
             dropped[problem] += 1
             example.setdefault(problem, number)
             continue
+        conversation.place = f"{source}, row {number}"
         yield conversation
         kept += 1
         if kept == limit:
@@ -260,68 +325,3 @@ def load_conversations(
         raise ValueError(f"{source}: none of its {number} conversations can be used: {reasons}")
     if dropped:
         say(f"{source}: left out {dropped.total()} of {number} conversations: {reasons}")
-
-
-# ---- tokens ----
-
-
-def check_template(tokenizer) -> None:
-    """Refuses a tokenizer whose chat template does not tell what the assistant said.
-
-    Raises:
-        ValueError: if there is no template, or no generation mark in it.
-    """
-    template = tokenizer.chat_template
-    if not isinstance(template, str):
-        raise ValueError("the tokenizer has no chat template, so conversations cannot be written out with it")
-    if not re.search(r"\{%-?\s*generation\b", template):
-        raise ValueError(
-            "the tokenizer's chat template does not mark what the assistant says, so everything would be "
-            "masked; put {% generation %} and {% endgeneration %} around it, end-of-turn token included"
-        )
-
-
-def encode_conversation(tokenizer, conversation: dict) -> dict[str, list[int]]:
-    """Token ids of a conversation, and labels that are the same for the assistant's tokens, else `IGNORED`.
-
-    Raises:
-        ValueError: if the chat template refuses it.
-    """
-    try:
-        encoded = tokenizer.apply_chat_template(
-            conversation["messages"],
-            tools=conversation.get("tools"),
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
-        )
-    except Exception as error:  # jinja2's, which need not be imported here for its name
-        if type(error).__module__.partition(".")[0] != "jinja2":
-            raise
-        raise ValueError(f"the chat template refuses a conversation: {error}") from error
-    ids, spans, trained = encoded["input_ids"], encoded["offset_mapping"], list(encoded["assistant_masks"])
-    for i in range(1, len(ids)):
-        # Of a character in several tokens that ends a generation block the library marks only the first.
-        if trained[i - 1] and spans[i][0] < spans[i - 1][1]:
-            trained[i] = 1
-    return {
-        "input_ids": ids,
-        "labels": [i if ours else IGNORED for i, ours in zip(ids, trained, strict=True)],
-    }
-
-
-def mark_trained(tokenizer, ids: list[int], labels: list[int], color: bool, characters: int = 1500) -> str:
-    """A conversation as text with what is trained in green, or between ⟦ and ⟧ where there are no colours."""
-    start, end = ("\033[32m", "\033[0m") if color else ("⟦", "⟧")
-    parts, written, first = [], 0, 0
-    while first < len(ids) and written < characters:
-        trained, last = labels[first] != IGNORED, first
-        while last < len(ids) and (labels[last] != IGNORED) == trained:
-            last += 1
-        text = tokenizer.decode(ids[first:last])
-        if written + len(text) > characters:
-            text = text[: characters - written] + " ..."
-        parts.append(f"{start}{text}{end}" if trained else text)
-        written, first = written + len(text), last
-    return "".join(parts)

@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 
-from tessera.data.chat import IGNORED, encode_conversation
+from tessera.data.chat_rows import IGNORED, encode_conversation
 from tessera.data.preferences import Preference, load_preferences
 
 from .curves import draw_measures

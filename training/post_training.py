@@ -31,7 +31,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from tessera.data.chat import check_template
+from tessera.data.chat_rows import check_template
 from tessera.modeling.loading import load_model, read_config
 from tessera.tokenization import add_chat, build_byte_tokenizer, find_end_of_turn
 

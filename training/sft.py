@@ -6,28 +6,40 @@ Notable:
 - conversations are packed to full rows, and none sees its neighbours. Rows stay rows: TRL's own collator
   makes one row of a batch, and the cost of attention, where no kernel for such rows is at hand, grows with
   the square of its length;
-- the loop, the packing and the loss are TRL's. Its dataset preparation is not used: tables have one type for
-  a column, while a message may have a text or parts, and each tool call its own arguments.
+- the loop and the loss are TRL's. Its dataset preparation is not used: tables have one type for a column,
+  while a message may have a text or parts, and each tool call its own arguments.
 
-What belongs here: from conversations to rows, and what is measured. `post_training.py` has what is common.
+What belongs here: which conversations are trained on, and what is measured. `data/chat_rows.py` makes rows of
+them, `post_training.py` has what is common.
 """
 
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
 import torch
 from accelerate.utils import reduce
-from datasets import Dataset, Features, IterableDataset, Sequence, Value
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer, pack_dataset
+from trl import SFTConfig, SFTTrainer
 
-from tessera.data.chat import IGNORED, encode_conversation, load_conversations, mark_trained
+from tessera.data.chat import load_conversations
+from tessera.data.chat_rows import (
+    IGNORED,
+    TOO_LONG,
+    Packed,
+    Row,
+    RowEncoder,
+    encode_conversation,
+    pack_best_fit,
+    row_dataset,
+    shuffled,
+)
+from tessera.data.preview import mark_trained
 
 from .curves import draw_curve
 from .held_out import batches_by_length, hold_out, token_log_probs
@@ -37,8 +49,6 @@ from .trainer_parts import PlainCheckpoints
 RATE_AT_7B, RATE_AT_7B_LORA = 2e-5, 1e-4
 HELD_OUT_OF_A_STREAM = 100
 MOST_HELD_OUT = 500
-SHUFFLED_OF_A_STREAM = 1000  # conversations drawn from in random order
-FEATURES = Features({"input_ids": Sequence(Value("int32")), "labels": Sequence(Value("int32"))})
 
 
 @dataclass(kw_only=True)
@@ -47,15 +57,19 @@ class SFTArguments(PostTrainingArguments):
 
     Attributes:
         packing: several conversations in a row; a row is `max_seq_len` tokens.
+        too_long: what becomes of a conversation that is longer: "truncate", "split" or "drop".
         streaming: read and encode the data while training; needs `steps`.
     """
 
     packing: bool = True
+    too_long: str = "truncate"
     streaming: bool = False
 
     def __post_init__(self):
         if not self.data:
             raise ValueError("--data is missing: a file or folder of conversations, or a Hub dataset")
+        if self.too_long not in TOO_LONG:
+            raise ValueError(f"--too-long must be one of {', '.join(TOO_LONG)}, got {self.too_long!r}")
         if self.streaming and self.steps is None:
             raise ValueError("--streaming needs --steps, since a stream has no length to count epochs by")
         super().__post_init__()
@@ -83,30 +97,30 @@ def sft(args: SFTArguments, resume: bool = False) -> PostTrainingResult:
     shop = Workshop(args, resume, ahead=not args.lora)
     train, held_out = _read(args)
     shop.say(_preview(shop.tokenizer, held_out[0], shop.length))
-    rows = Rows(shop.tokenizer, shop.length)
-    held_out_rows = list(rows.encode(held_out))
+    held_out_rows = list(_encoder(args, shop).encode(held_out))
     if not held_out_rows:
         raise ValueError(f"no held-out conversation has an answer within --max-seq-len {shop.length} tokens")
+    encoder, packed = _encoder(args, shop), Packed(shop.length)
     if args.streaming:
-        if next(_stream(args, rows), None) is None:
+        if next(encoder.encode(_rest_of_stream(args)), None) is None:
             raise ValueError(
                 f"{args.data} has nothing left to train on after {HELD_OUT_OF_A_STREAM} conversations are "
                 "held out; leave --streaming out, or give --eval-data"
             )
-        dataset = IterableDataset.from_generator(partial(_stream, args, rows), features=FEATURES)
-        dataset = dataset.shuffle(seed=args.seed, buffer_size=SHUFFLED_OF_A_STREAM)
+        make = partial(_stream, args, shop.tokenizer, shop.length)
+        dataset = row_dataset(make, packed=args.packing, streaming=True, seed=args.seed)
     else:
-        rows = Rows(shop.tokenizer, shop.length)
         bar = tqdm(train, desc="encoding", unit=" conversations", file=sys.stderr, disable=None)
-        encoded = list(rows.encode(bar))
+        encoded = list(encoder.encode(bar))
         if not encoded:
             raise ValueError(f"no conversation has an answer within --max-seq-len {shop.length} tokens")
-        dataset = Dataset.from_list(encoded, features=FEATURES)
-        shop.say(f"{len(encoded)} conversations to train on, {len(held_out_rows)} held out; {rows.summary()}")
+        shop.say(f"{len(train)} conversations to train on, {len(held_out)} held out; {encoder.summary()}")
+        if args.packing:
+            encoded = list(pack_best_fit(encoded, shop.length, buffer=None, packed=packed))
+            shop.say(packed.summary())
+        dataset = row_dataset(lambda: encoded, packed=args.packing, streaming=False)
     rate = rate_by_size(shop.model, RATE_AT_7B_LORA if args.lora else RATE_AT_7B)
     with quietly():
-        if args.packing:
-            dataset = pack_dataset(dataset, shop.length)
         trainer = _Trainer(
             shop.model,
             SFTConfig(**shop.trainer_arguments(rate), max_length=None),
@@ -143,38 +157,19 @@ def _read(args: SFTArguments) -> tuple[list[dict], list[dict]]:
     return hold_out(list(_load(args)), args.seed)
 
 
-def _stream(args: SFTArguments, rows: "Rows") -> Iterator[dict[str, list[int]]]:
-    """Encodes the data as it comes, without what is held out of it."""
-    first = 0 if args.eval_data else HELD_OUT_OF_A_STREAM
-    return rows.encode(islice(_load(args), first, None))
+def _encoder(args: SFTArguments, shop: Workshop) -> RowEncoder:
+    return RowEncoder(shop.tokenizer, shop.length, args.too_long)
 
 
-class Rows:
-    """Encodes conversations as rows, and counts what became of them."""
+def _rest_of_stream(args: SFTArguments) -> Iterator[dict]:
+    """Conversations of the data as they come, without what is held out of it."""
+    return islice(_load(args), 0 if args.eval_data else HELD_OUT_OF_A_STREAM, None)
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int):
-        self.tokenizer, self.length = tokenizer, length
-        self.cut = self.dropped = self.tokens = self.trained = 0
 
-    def encode(self, conversations: Iterable[dict]) -> Iterator[dict[str, list[int]]]:
-        """Rows of at most `length` tokens; those in which nothing is left to train are left out."""
-        for conversation in conversations:
-            row = encode_conversation(self.tokenizer, conversation)
-            self.cut += len(row["input_ids"]) > self.length
-            row = {key: values[: self.length] for key, values in row.items()}
-            trained = sum(label != IGNORED for label in row["labels"][1:])
-            if not trained:
-                self.dropped += 1
-                continue
-            self.tokens += len(row["input_ids"])
-            self.trained += trained
-            yield row
-
-    def summary(self) -> str:
-        """One line on all that was encoded."""
-        cut = f"; {self.cut} cut at {self.length} tokens" if self.cut else ""
-        dropped = f", {self.dropped} of them left out, without an answer before that" if self.dropped else ""
-        return f"{self.tokens:,} tokens, of which {self.trained:,} are the assistant's{cut}{dropped}"
+def _stream(args: SFTArguments, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[Row]:
+    rows = RowEncoder(tokenizer, length, args.too_long).encode(_rest_of_stream(args))
+    rows = shuffled(rows, args.seed)
+    return pack_best_fit(rows, length) if args.packing else rows
 
 
 def collate(rows: list[dict], padding: int) -> dict[str, torch.Tensor]:
@@ -208,14 +203,9 @@ def _preview(tokenizer: PreTrainedTokenizerBase, conversation: dict, length: int
     """The first conversation with what is trained marked.
 
     Raises:
-        ValueError: if nothing of it is.
+        ValueError: if nothing of it is, or everything.
     """
     row = encode_conversation(tokenizer, conversation)
-    if all(label == IGNORED for label in row["labels"]):
-        raise ValueError(
-            "the chat template marks nothing of a conversation as the assistant's: check its "
-            "{% generation %} marks"
-        )
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     how = "in green" if color else "between ⟦ and ⟧"
     ids, labels = row["input_ids"][:length], row["labels"][:length]

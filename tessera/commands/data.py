@@ -125,6 +125,52 @@ def inspect(
         typer.echo(f"\n{split} begins:\n{decode_start(data, split, characters)}")
 
 
+@app.command()
+def preview(
+    tokenizer: Annotated[str, typer.Option(help="Tokenizer or model directory, or Hub name.")],
+    source: Annotated[
+        str | None, typer.Argument(help="Conversations: file, folder, or Hub dataset (org/name).")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A known dataset instead of SOURCE, such as smoltalk.")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Conversations to show.")] = 3,
+    output: Annotated[str | None, typer.Option(help="Page to write as well (.html).")] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Show token ids.")] = False,
+    max_seq_len: Annotated[
+        int | None, typer.Option(help="Cut conversations there, as training would.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a Hub dataset.")] = None,
+    name: Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")] = None,
+) -> None:
+    """Show conversations as they are trained on."""
+    silence_transformers()
+    import os
+    import sys
+    from pathlib import Path
+
+    from tessera.data.chat import load_conversations, preset_path
+    from tessera.data.preview import show_conversation, to_page, to_terminal, totals
+    from tessera.tokenization import load_chat_tokenizer
+
+    if (preset is None) == (source is None):
+        raise ValueError("give either SOURCE or --preset")
+    if rows < 1:
+        raise ValueError(f"--rows must be at least 1, got {rows}")
+    source = source or preset_path(preset)
+    chat = load_chat_tokenizer(tokenizer)
+    conversations = load_conversations(source, split=split, name=name, limit=rows)
+    shown = [show_conversation(chat, conversation, max_seq_len) for conversation in conversations]
+    color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    typer.echo(f"what is trained on stands {'in green' if color else 'between ⟦ and ⟧'}\n")
+    typer.echo(to_terminal(shown, color, ids))
+    typer.echo(f"\n{totals(shown)}")
+    if output is not None:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        Path(output).write_text(to_page(shown, source, tokenizer, ids), encoding="utf-8")
+        typer.echo(f"page: {output}")
+
+
 def _show(meta: dict) -> None:
     """Counts by split, by source and by reason to drop."""
     rows = [("split", "documents", "tokens", "MB", "bytes/token")]

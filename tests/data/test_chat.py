@@ -12,14 +12,9 @@ import pytest
 from helpers.chats import chat_tokenizer, conversations, turn, write_rows
 from local_hub import LocalHub
 
-from tessera.data.chat import (
-    IGNORED,
-    check_template,
-    encode_conversation,
-    load_conversations,
-    mark_trained,
-    to_conversation,
-)
+from tessera.data.chat import load_conversations, to_conversation
+from tessera.data.chat_rows import IGNORED, check_template, encode_conversation
+from tessera.data.preview import mark_trained
 from tessera.tokenization import train_tokenizer
 
 SHARED = Path(os.environ.get("TESSERA_SHARED", Path(__file__).parents[2].parent / "shared"))
@@ -153,7 +148,7 @@ def test_a_turn_that_a_text_forges_is_not_learnt_from(tmp_path, messages):
     said = []
     path = write_rows(tmp_path / "a.jsonl", [{"messages": messages}, {"messages": [QUESTION, ANSWER]}])
     assert list(load_conversations(path, say=said.append)) == [{"messages": [QUESTION, ANSWER]}]
-    assert "1 that spell <|im_start|> or <|im_end|> (first: row 1)" in said[0]
+    assert "1 that spell a token which begins or ends turns (first: row 1)" in said[0]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from jinja2.exceptions import TemplateError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tessera.data.chat import IGNORED, encode_conversation
+from tessera.data.chat_rows import IGNORED, encode_conversation
 from tessera.tokenization import add_chat, chat_template, find_end_of_turn, save_tokenizer
 from tessera.tokenization.byte_level import BYTE_NAMES
 from tessera.tokenization.chat import NANOCHAT_TOKENS

@@ -1,0 +1,395 @@
+"""Conversations as rows to train on: token ids, labels, and several conversations in a row.
+
+What belongs here: which tokens of a conversation are trained on, what becomes of one that is longer than a
+row, and how they are packed. The text of a conversation and its generation marks are the chat template's
+business. A row in which nothing, or everything, would be trained on never leaves this file.
+"""
+
+import random
+import re
+import sys
+from bisect import bisect_right, insort
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from .chat import Conversation, load_conversations
+
+IGNORED = -100  # label of a token that is not trained on
+
+TOO_LONG = ("truncate", "split", "drop")
+BUFFER = 1000  # conversations that a stream is shuffled among, and that a row is filled from
+ROWS_SHUFFLED = 64  # packed rows of a stream that are drawn from in random order
+
+Row = dict[str, list[int]]
+
+
+# ---- one conversation ----
+
+
+def check_template(tokenizer) -> None:
+    """Refuses a tokenizer whose chat template does not tell what the assistant said.
+
+    Raises:
+        ValueError: if there is no template, or no generation mark in it.
+    """
+    template = tokenizer.chat_template
+    if not isinstance(template, str):
+        raise ValueError("the tokenizer has no chat template, so conversations cannot be written out with it")
+    if not re.search(r"\{%-?\s*generation\b", template):
+        raise ValueError(
+            "the tokenizer's chat template does not mark what the assistant says, so everything would be "
+            "masked; put {% generation %} and {% endgeneration %} around it, end-of-turn token included"
+        )
+
+
+@dataclass
+class Marked:
+    """A conversation token by token.
+
+    Attributes:
+        ids: of the tokens [T].
+        spans: first and last character, plus one, of each token in the text [T].
+        trained: whether each is trained on [T].
+        missed: how many of these transformers' own mask leaves out: of a character in several tokens that
+            ends a generation block it has only the first. TRL's `assistant_only_loss` uses that mask.
+    """
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    trained: list[bool]
+    missed: int
+
+
+def mark_conversation(tokenizer, conversation: dict) -> Marked:
+    """Writes a conversation out with the tokenizer's chat template and finds what the assistant says in it.
+
+    Raises:
+        ValueError: if the template refuses it, or its marks leave nothing to train on, or everything.
+    """
+    place = f"{conversation.place}: " if getattr(conversation, "place", "") else ""
+    try:
+        encoded = tokenizer.apply_chat_template(
+            conversation["messages"],
+            tools=conversation.get("tools"),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )
+    except Exception as error:  # jinja2's, which need not be imported here for its name
+        if type(error).__module__.partition(".")[0] != "jinja2":
+            raise
+        raise ValueError(f"{place}the chat template refuses a conversation: {error}") from error
+    ids, spans = encoded["input_ids"], [tuple(span) for span in encoded["offset_mapping"]]
+    trained = [bool(mask) for mask in encoded["assistant_masks"]]
+    missed = -sum(trained)
+    for i in range(1, len(ids)):
+        if trained[i - 1] and spans[i][0] < spans[i - 1][1]:
+            trained[i] = True
+    missed += sum(trained)
+    if not any(trained):
+        if all(message.get("role") != "assistant" for message in conversation["messages"]):
+            raise ValueError(
+                f"{place}there is nothing to train on, for the conversation has no assistant turn"
+            )
+        check_template(tokenizer)
+        raise ValueError(
+            f"{place}the chat template marks nothing of a conversation as the assistant's: check its "
+            "{% generation %} marks"
+        )
+    if all(trained):
+        raise ValueError(
+            f"{place}the chat template marks all of a conversation as the assistant's, what others say too: "
+            "put its {% generation %} marks around the assistant's words alone"
+        )
+    return Marked(ids, spans, trained, missed)
+
+
+def encode_conversation(tokenizer, conversation: dict, max_length: int | None = None) -> Row:
+    """Token ids of a conversation, and labels that are the same for the assistant's tokens, else `IGNORED`.
+
+    Args:
+        tokenizer: with a chat template that has generation marks.
+        conversation: `messages`, and `tools` where there are any.
+        max_length: cut it there.
+
+    Raises:
+        ValueError: as `mark_conversation`, or if the cut leaves nothing to train on.
+    """
+    marked = mark_conversation(tokenizer, conversation)
+    pairs = zip(marked.ids, marked.trained, strict=True)
+    row = {"input_ids": marked.ids, "labels": [i if trained else IGNORED for i, trained in pairs]}
+    cut = {key: values[:max_length] for key, values in row.items()}
+    if max_length is not None and not count_trained(cut):
+        place = f"{conversation.place}: " if getattr(conversation, "place", "") else ""
+        first = marked.trained.index(True)
+        raise ValueError(
+            f"{place}there is nothing to train on, for the conversation is cut at {max_length} tokens and "
+            f"the assistant's words begin at token {first + 1}"
+        )
+    return cut
+
+
+def count_trained(row: Row) -> int:
+    """Tokens of a row that have a loss: nothing predicts the first."""
+    return sum(label != IGNORED for label in row["labels"][1:])
+
+
+# ---- many ----
+
+
+class RowEncoder:
+    """Encodes conversations as rows of at most `length` tokens, and counts what became of them.
+
+    Args:
+        tokenizer: with a chat template that has generation marks.
+        length: tokens of a row.
+        too_long: what becomes of a longer conversation: "truncate" cuts it, "split" goes on with the rest of
+            it as rows of their own, "drop" leaves it out.
+
+    Attributes:
+        long: conversations that were too long.
+        left_out: rows left out, for nothing in them would be trained on, and where the first was.
+        tokens, trained: of the rows.
+
+    Raises:
+        ValueError: if there is no such way.
+    """
+
+    def __init__(self, tokenizer, length: int, too_long: str = "truncate"):
+        if too_long not in TOO_LONG:
+            raise ValueError(f"too long conversations can be {', '.join(TOO_LONG)}; got {too_long!r}")
+        self.tokenizer, self.length, self.too_long = tokenizer, length, too_long
+        self.long = self.left_out = self.tokens = self.trained = 0
+        self.first_left_out = ""
+
+    def encode(self, conversations: Iterable[dict]) -> Iterator[Row]:
+        """Rows in the order of the conversations.
+
+        Raises:
+            ValueError: as `mark_conversation`; what is left without an answer by a cut is counted instead.
+        """
+        for conversation in conversations:
+            row = encode_conversation(self.tokenizer, conversation)
+            size, length = len(row["input_ids"]), self.length
+            self.long += size > length
+            if size > length and self.too_long == "drop":
+                continue
+            starts = range(0, size, length) if self.too_long == "split" else [0]
+            for start in starts:
+                piece = {key: values[start : start + length] for key, values in row.items()}
+                trained = count_trained(piece)
+                if not trained:
+                    self.left_out += 1
+                    self.first_left_out = self.first_left_out or getattr(conversation, "place", "")
+                    continue
+                self.tokens += len(piece["input_ids"])
+                self.trained += trained
+                yield piece
+
+    def summary(self) -> str:
+        """One line on all that was encoded."""
+        share = 100 * self.trained / max(self.tokens, 1)
+        line = f"{self.tokens:,} tokens, of which {self.trained:,} ({share:.1f} %) are the assistant's"
+        if self.long:
+            done = {"truncate": "cut", "split": "split", "drop": "left out"}[self.too_long]
+            line += f"; {self.long} conversations of over {self.length} tokens {done}"
+        if self.left_out:
+            what = "pieces" if self.too_long == "split" else "of them"
+            where = f" (first: {self.first_left_out})" if self.first_left_out else ""
+            line += f", {self.left_out} {what} left out, with nothing of the assistant's{where}"
+        return line
+
+
+@dataclass
+class Packed:
+    """What was packed so far: rows of `length`, and what is in them."""
+
+    length: int
+    rows: int = 0
+    conversations: int = 0
+    tokens: int = 0
+
+    @property
+    def utilisation(self) -> float:
+        """Share of the rows that holds tokens."""
+        return self.tokens / max(self.rows * self.length, 1)
+
+    def summary(self) -> str:
+        """One line."""
+        return (
+            f"packed into {self.rows:,} rows of {self.length:,} tokens, {100 * self.utilisation:.2f} % full, "
+            f"{self.conversations / max(self.rows, 1):.1f} conversations in a row"
+        )
+
+
+def pack_best_fit(
+    rows: Iterable[Row], length: int, *, buffer: int | None = BUFFER, packed: Packed | None = None
+) -> Iterator[Row]:
+    """Joins rows to longer ones, whole, none cut: best fit decreasing.
+
+    A row takes the longest of those that wait, then the longest that fits into what is left of it, until none
+    does. What comes out is what TRL's own packing gives: `seq_lengths` has the length of each part, from
+    which its padding-free collator makes positions that begin anew with each.
+
+    Args:
+        rows: of at most `length` tokens, as they come.
+        length: tokens of a joined row.
+        buffer: how many wait at most; None for all, which fills best and needs their memory.
+        packed: counts, brought up to date.
+
+    Yields:
+        `input_ids`, `labels`, `seq_lengths`.
+
+    Raises:
+        ValueError: for a row that is longer than `length`.
+    """
+    packed = Packed(length) if packed is None else packed
+    waiting: list[tuple[int, int, Row]] = []  # the shortest first, of the same length the newest first
+    source, number = iter(rows), 0
+    while True:
+        while (buffer is None or len(waiting) < buffer) and (row := next(source, None)) is not None:
+            if len(row["input_ids"]) > length:
+                raise ValueError(f"a row has {len(row['input_ids'])} tokens, more than the {length} of a row")
+            insort(waiting, (len(row["input_ids"]), -number, row))
+            number += 1
+        if not waiting:
+            return
+        joined: Row = {"input_ids": [], "labels": [], "seq_lengths": []}
+        room = length
+        while place := bisect_right(waiting, room, key=lambda entry: entry[0]):
+            size, _, row = waiting.pop(place - 1)
+            joined["input_ids"] += row["input_ids"]
+            joined["labels"] += row["labels"]
+            joined["seq_lengths"].append(size)
+            room -= size
+        packed.rows += 1
+        packed.conversations += len(joined["seq_lengths"])
+        packed.tokens += length - room
+        yield joined
+
+
+def add_positions(row: Row, length: int | None = None, padding: int = 0) -> Row:
+    """A packed row with `position_ids` that begin anew with each conversation, for collators that stack rows.
+
+    Args:
+        row: of `pack_best_fit`.
+        length: fill it up to so many tokens with `padding`, as one more part that is not trained on.
+        padding: token id.
+    """
+    spare = 0 if length is None else length - len(row["input_ids"])
+    lengths = [*row["seq_lengths"], *([spare] if spare else [])]
+    return {
+        "input_ids": [*row["input_ids"], *[padding] * spare],
+        "labels": [*row["labels"], *[IGNORED] * spare],
+        "position_ids": [position for size in lengths for position in range(size)],
+        "seq_lengths": lengths,
+    }
+
+
+def shuffled(rows: Iterable[Any], seed: int, buffer: int = BUFFER) -> Iterator[Any]:
+    """Draws from the next `buffer` of a stream at random."""
+    draw, waiting = random.Random(seed), []
+    for row in rows:
+        if len(waiting) < buffer:
+            waiting.append(row)
+            continue
+        place = draw.randrange(buffer)
+        yield waiting[place]
+        waiting[place] = row
+    draw.shuffle(waiting)
+    yield from waiting
+
+
+# ---- datasets ----
+
+
+def row_dataset(rows: Callable[[], Iterable[Row]], *, packed: bool, streaming: bool, seed: int = 0):
+    """Rows as a dataset that trainers take.
+
+    Args:
+        rows: makes them, from the beginning each time.
+        packed: whether they have `seq_lengths`.
+        streaming: make them as they are asked for; of such, some are drawn from in random order.
+        seed: of that.
+
+    Returns:
+        A `datasets.Dataset`, or an `IterableDataset` where they are streamed.
+    """
+    from datasets import Dataset, Features, IterableDataset, Sequence, Value
+
+    columns = ("input_ids", "labels", "seq_lengths") if packed else ("input_ids", "labels")
+    features = Features({column: Sequence(Value("int32")) for column in columns})
+    if not streaming:
+        return Dataset.from_list(list(rows()), features=features)
+    dataset = IterableDataset.from_generator(rows, features=features)
+    return dataset.shuffle(seed=seed, buffer_size=ROWS_SHUFFLED)
+
+
+def load_rows(
+    source: str,
+    tokenizer,
+    length: int,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    limit: int | None = None,
+    packing: bool = True,
+    too_long: str = "truncate",
+    streaming: bool = False,
+    seed: int = 0,
+    buffer: int | None = None,
+    say: Callable[[str], None] | None = None,
+):
+    """Conversations of a source as a dataset of rows, for `tessera sft` or TRL's SFTTrainer as they are.
+
+    Args:
+        source, split, name, limit: as for `chat.load_conversations`.
+        tokenizer: with a chat template that has generation marks.
+        length: tokens of a row.
+        packing: several conversations in a row, see `pack_best_fit`; else each has one of its own.
+        too_long: see `RowEncoder`.
+        streaming: read, encode and pack as rows are asked for, shuffled in a buffer.
+        seed: of the order in which a stream is read.
+        buffer: conversations that a packed row is filled from; default: all, of a stream `BUFFER`.
+        say: what is told the counts, of a stream nothing; default: prints to stderr.
+
+    Returns:
+        A `datasets.Dataset` of `input_ids`, `labels` and, packed, `seq_lengths`; streamed, an
+        `IterableDataset`.
+
+    Raises:
+        ValueError: as `load_conversations` and `mark_conversation`; if no row is left.
+    """
+    check_template(tokenizer)
+    say = say or (lambda text: print(text, file=sys.stderr))
+    read = partial(
+        load_conversations, source, split=split, name=name, limit=limit, streaming=streaming, say=say
+    )
+    encoder, counts = RowEncoder(tokenizer, length, too_long), Packed(length)
+    if streaming:
+        make = partial(_stream, read, tokenizer, length, too_long, packing, seed, buffer or BUFFER)
+        return row_dataset(make, packed=packing, streaming=True, seed=seed)
+    rows = list(encoder.encode(read()))
+    if not rows:
+        raise ValueError(f"{source}: no conversation has an answer within {length} tokens")
+    say(encoder.summary())
+    if packing:
+        rows = list(pack_best_fit(rows, length, buffer=buffer, packed=counts))
+        say(counts.summary())
+    return row_dataset(lambda: rows, packed=packing, streaming=False)
+
+
+def _stream(
+    read: Callable[[], Iterator[Conversation]],
+    tokenizer,
+    length: int,
+    too_long: str,
+    packing: bool,
+    seed: int,
+    buffer: int,
+) -> Iterator[Row]:
+    rows = shuffled(RowEncoder(tokenizer, length, too_long).encode(read()), seed)
+    return pack_best_fit(rows, length, buffer=buffer) if packing else rows
