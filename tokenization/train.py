@@ -1,6 +1,10 @@
 """Training a tokenizer: byte-level BPE, SentencePiece BPE, or the bytes themselves, which need none.
 
 What belongs here: what text the trainers see, their settings, and what is said when the text is not enough.
+Trainers see words with their counts instead of text (word_counts.py), so that memory does not grow with it:
+the merges of byte-level BPE are found by bpe_merges.py and are those of the `tokenizers` library, whose own
+trainer takes text only; SentencePiece's trainer takes words.
+
 The special tokens of the chat format are part of each vocabulary size: BPE has them as its last ids,
 SentencePiece right after unk and bos (its trainer numbers them first).
 """
@@ -12,21 +16,20 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .byte_level import byte_level_backend
+from .bpe_merges import train_merges
+from .byte_level import BYTE_NAMES, GPT4_PATTERN, byte_level_backend
 from .byte_tokenizer import BYTE_VOCAB_SIZE, build_byte_tokenizer
 from .chat import END_OF_TEXT, PAD, SPECIAL_TOKENS, add_chat
 from .save import check_output, save_tokenizer, wrap
 from .sentencepiece_models import sentencepiece_tokenizer
+from .word_counts import PIECE_LENGTH, SPACES_PARTS, SPACES_PATTERN, WordCounts, count_words, cut_text
 
 KINDS = ("bpe", "sentencepiece", "bytes")
 DEFAULT_VOCAB_SIZE = 32_000
 
-# Text is handed over in pieces of at most so many characters, cut at line ends where there are any. Longer
-# ones gain nothing: the trainers count words.
-PIECE_LENGTH = 4096
 # Each so-many-th piece is kept from the trainer, up to so many characters, to see what the tokenizer makes of
 # text that it was not trained on.
 HELD_OUT_EVERY = 50
@@ -42,6 +45,7 @@ def train_tokenizer(
     output: str | Path | None = None,
     source: list[str] | None = None,
     report: Callable[[str], None] | None = None,
+    workers: int | None = None,
 ) -> PreTrainedTokenizerFast:
     """Trains a tokenizer with the special tokens and the template of the chat format.
 
@@ -53,6 +57,8 @@ def train_tokenizer(
         output: directory to save it in; None for nowhere. SentencePiece's own model is kept there too.
         source: where the texts are from, to be written beside the tokenizer.
         report: called with a line on how far it is.
+        workers: processes that count words; one for each core if not given, at most 8. The result is the
+            same with any number.
 
     Returns:
         The tokenizer.
@@ -85,7 +91,7 @@ def train_tokenizer(
             raise ValueError(
                 f"a vocabulary of {vocab_size} is too small: 256 bytes and the special tokens are {smallest}"
             )
-        reader = _Reader(texts, report)
+        reader = _Reader(texts, report, workers)
         start = time.monotonic()
         if kind == "bpe":
             tokenizer = wrap(_train_bpe(reader, vocab_size))
@@ -99,7 +105,10 @@ def train_tokenizer(
             "source": origins,
             "text_bytes": reader.num_bytes,
             "bytes_per_token": reader.bytes_per_token(tokenizer),
+            "words": reader.num_words,
         }
+        if reader.dropped:
+            meta["words_dropped"] = reader.dropped
     add_chat(tokenizer)
     if output is not None:
         save_tokenizer(tokenizer, output, meta, files)
@@ -112,27 +121,37 @@ def train_tokenizer(
 
 
 class _Reader:
-    """Pieces of texts for a trainer; counts them, and keeps some apart."""
+    """Counts the words of texts for a trainer, and keeps some of the text apart."""
 
-    def __init__(self, texts: Iterable[str], report: Callable[[str], None]):
+    def __init__(self, texts: Iterable[str], report: Callable[[str], None], workers: int | None):
         self.num_bytes = 0
+        self.num_words = 0
+        self.dropped: dict[str, int] = {}
         self.held_out: list[str] = []
-        self.error: Exception | None = None
+        self.report = report
         self._first = ""
-        self._report = report
-        self._texts = self._pieces(texts)
+        self._texts = texts
+        self._workers = workers
 
-    def __iter__(self) -> Iterator[str]:
-        try:
-            yield from self._texts
-        except Exception as error:  # trainers make another one of it
-            self.error = error
-            raise
+    def count_words(self, pattern: str, parts: str = "") -> WordCounts:
+        """Reads the texts.
 
-    def lines(self) -> Iterator[str]:
-        """Lines, without what ends them."""
-        for piece in self:
-            yield from (line for line in piece.split("\n") if line)
+        Raises:
+            ValueError: if there is nothing in them.
+            Exception: what reading them ended with.
+        """
+        words = count_words(self._pieces(), pattern, parts, workers=self._workers)
+        if self.num_bytes == 0:
+            raise ValueError("there is no text to train a tokenizer on: all of it is empty")
+        self.num_words = len(words.counts)
+        self.report(f"{self.num_words} different words")
+        if words.dropped:
+            self.dropped = {"number": words.dropped, "seen_at_most": words.dropped_count}
+            self.report(
+                f"without {words.dropped} others that are there {words.dropped_count} times or less: they do "
+                "not fit into memory"
+            )
+        return words
 
     def bytes_per_token(self, tokenizer: PreTrainedTokenizerBase) -> float:
         """Of the text that was held out, or the first piece if none was."""
@@ -140,17 +159,10 @@ class _Reader:
         ids = tokenizer(sample, split_special_tokens=True)["input_ids"]
         return sum(len(text.encode("utf-8")) for text in sample) / sum(map(len, ids))
 
-    def require_text(self) -> None:
-        """Raise the error that reading ended with, or ValueError if there was nothing to read."""
-        if self.error is not None:
-            raise self.error
-        if self.num_bytes == 0:
-            raise ValueError("there is no text to train a tokenizer on: all of it is empty")
-
-    def _pieces(self, texts: Iterable[str]) -> Iterator[str]:
+    def _pieces(self) -> Iterator[str]:
         start = reported = time.monotonic()
         held = 0
-        for number, piece in enumerate(piece for text in texts for piece in _cut(text)):
+        for number, piece in enumerate(piece for text in self._texts for piece in cut_text(text)):
             if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 and held < HELD_OUT_LENGTH:
                 self.held_out.append(piece)
                 held += len(piece)
@@ -159,39 +171,33 @@ class _Reader:
             self.num_bytes += len(piece.encode("utf-8"))
             now = time.monotonic()
             if now - reported >= SECONDS_BETWEEN_REPORTS:
-                self._report(f"read {_megabytes(self.num_bytes)} in {now - start:.0f} s")
+                self.report(f"read {_megabytes(self.num_bytes)} in {now - start:.0f} s")
                 reported = now
             yield piece
-        self._report(f"read {_megabytes(self.num_bytes)} in {time.monotonic() - start:.0f} s; merging")
-
-
-def _cut(text: str) -> Iterator[str]:
-    start = 0
-    while start < len(text):
-        end = start + PIECE_LENGTH
-        if end < len(text):
-            end = text.rfind("\n", start, end) + 1 or end
-        yield text[start:end]
-        start = end
+        self.report(f"read {_megabytes(self.num_bytes)} in {time.monotonic() - start:.0f} s")
 
 
 def _train_bpe(reader: _Reader, vocab_size: int) -> Tokenizer:
-    backend = byte_level_backend({}, [])
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
-        # what was seen once is no pattern
-        min_frequency=2,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+    num_merges = vocab_size - len(SPECIAL_TOKENS) - BYTE_VOCAB_SIZE
+    # Bytes have the first ids, in the order of their names.
+    tokens = sorted(BYTE_NAMES.values())
+    index_of = {name: index for index, name in enumerate(tokens)}
+    counts = reader.count_words(GPT4_PATTERN).counts
+    pairs = train_merges(
+        map(str.encode, counts),
+        list(counts.values()),
+        num_merges,
+        byte_ids=[index_of[BYTE_NAMES[byte]] for byte in range(BYTE_VOCAB_SIZE)],
+        report=lambda number: reader.report(f"merged {number} of {num_merges}"),
     )
-    try:
-        backend.train_from_iterator(reader, trainer)
-    finally:
-        reader.require_text()
-    reached = backend.get_vocab_size() + len(SPECIAL_TOKENS)
-    if reached < vocab_size:
+    if len(pairs) < num_merges:
+        reached = BYTE_VOCAB_SIZE + len(pairs) + len(SPECIAL_TOKENS)
         raise ValueError(_too_large(vocab_size, reached, reader.num_bytes))
-    # Here and not in the trainer, which gives special tokens the first ids.
+    merges = []
+    for left, right in pairs:
+        merges.append((tokens[left], tokens[right]))
+        tokens.append(tokens[left] + tokens[right])
+    backend = byte_level_backend({token: index for index, token in enumerate(tokens)}, merges)
     backend.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
     )
@@ -205,10 +211,16 @@ def _train_sentencepiece(reader: _Reader, vocab_size: int) -> bytes:
         raise ValueError(
             "training with SentencePiece needs the sentencepiece package: pip install 'tessera-lm[tokenizer]'"
         ) from None
+    counts = reader.count_words(SPACES_PATTERN, SPACES_PARTS).counts
+    reader.report("merging, which SentencePiece does in one go")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=reader.lines(),
+            # It splits text at tabs anyhow, leaving out the lines that have any.
+            sentence_iterator=(
+                f"{part}\t{times}" for word, times in counts.items() for part in word.split("\t") if part
+            ),
+            input_format="tsv",
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -226,11 +238,11 @@ def _train_sentencepiece(reader: _Reader, vocab_size: int) -> bytes:
             eos_piece=END_OF_TEXT,
             # Control symbols, not user-defined ones: text that spells one is no such token to SentencePiece.
             control_symbols=[token for token in SPECIAL_TOKENS if token != END_OF_TEXT],
+            # in bytes
             max_sentence_length=4 * PIECE_LENGTH,
             minloglevel=2,
         )
     except RuntimeError as error:
-        reader.require_text()
         if largest := re.search(r"too high .*<= (\d+)", str(error)):
             raise ValueError(_too_large(vocab_size, int(largest[1]), reader.num_bytes)) from error
         if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
@@ -239,7 +251,6 @@ def _train_sentencepiece(reader: _Reader, vocab_size: int) -> bytes:
                 f"characters of this text are {smallest[1]}"
             ) from error
         raise ValueError(f"SentencePiece cannot train on this text: {error}") from error
-    reader.require_text()
     return model.getvalue()
 
 

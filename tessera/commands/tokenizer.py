@@ -32,7 +32,7 @@ def train(
     column: Annotated[str, typer.Option(help="Column of the text in tables.")] = "text",
     split: Annotated[str, typer.Option(help="Split of Hub datasets.")] = "train",
     name: Annotated[str | None, typer.Option(help="Configuration of Hub datasets.")] = None,
-    limit_mb: Annotated[float, typer.Option(help="Megabytes of text to read at most; 0 for all.")] = 1000.0,
+    limit_mb: Annotated[float, typer.Option(help="Megabytes of text to read at most; 0 for all.")] = 0.0,
 ) -> None:
     """Train a tokenizer on text."""
     if not data and kind != "bytes":
