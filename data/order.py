@@ -8,6 +8,7 @@ What is in a row is `training_rows.py`.
 """
 
 import math
+from functools import lru_cache
 
 import numpy as np
 
@@ -41,7 +42,7 @@ def permute(places: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
         raise ValueError(f"places lie between 0 and {size - 1}, got {places.min()} to {places.max()}")
     high = math.isqrt(size - 1) + 1
     low = -(-size // high)
-    keys = np.random.SeedSequence([*key]).generate_state(ROUNDS, np.uint64)
+    keys = _round_keys(key)
     result = places.reshape(-1).astype(np.uint64)
     outside = np.arange(len(result))
     while len(outside):
@@ -52,6 +53,11 @@ def permute(places: np.ndarray, size: int, key: tuple[int, ...]) -> np.ndarray:
         result[outside] = a * np.uint64(low) + b
         outside = outside[result[outside] >= size]
     return result.astype(np.int64).reshape(places.shape)
+
+
+@lru_cache(maxsize=256)
+def _round_keys(key: tuple[int, ...]) -> np.ndarray:
+    return np.random.SeedSequence([*key]).generate_state(ROUNDS, np.uint64)
 
 
 def _hash(x: np.ndarray) -> np.ndarray:

@@ -97,6 +97,13 @@ def make_masks(
     }
     # Flash attention takes the padding mask as it is, and no other beside it.
     flash = "flash" in (implementation or "")
+    packed = cache is None and attention_mask is None and position_ids is not None
+    if flash and packed and embeds.shape[0] > 1 and not torch.compiler.is_compiling():
+        # The library looks for documents in a batch of one row and would let these see one another.
+        raise ValueError(
+            f"flash attention keeps packed documents apart in one row only, got {embeds.shape[0]}: join the "
+            "rows to one (their positions restart), or take sdpa"
+        )
     if documents is not None and not flash:
         arguments["and_mask_function"] = packed_sequence_mask_function(documents)
     elif softcap_by_hand:

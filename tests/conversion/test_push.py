@@ -146,7 +146,7 @@ def test_the_release_is_complete_and_its_card_says_what_the_run_says(tmp_path):
     run = tmp_path / "run"
     model = save_model(run / "final", "bytegpt-tiny")
     GenerationConfig(eos_token_id=3).save_pretrained(run / "final")
-    recipe = {"config": "/srv/me/tiny.json", "data_file": "/srv/me/books.txt"}
+    recipe = {"config": "/srv/me/tiny.json", "data_file": ["/srv/me/books.txt:0.7", "/srv/me/web:0.3"]}
     recipe |= {"steps": 7, "save_path": "/x/run"}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (run / "final/chat_template.jinja").write_text("{{ messages }}")
@@ -163,7 +163,7 @@ def test_the_release_is_complete_and_its_card_says_what_the_run_says(tmp_path):
     assert head["library_name"] == "transformers" and head["license"] == "mit"
     assert head["pipeline_tag"] == "text-generation" and "tessera" in head["tags"]
     assert f"{model.num_parameters():,} parameters" in card
-    assert "| steps | 7 |" in card and "books.txt" in card and "latent" in card
+    assert "| steps | 7 |" in card and "books.txt:0.7, web:0.3" in card and "latent" in card
     assert "| config | tiny.json |" in card
     assert "/srv/me" not in card and "/x/run" not in card, "paths are of one machine"
     assert (

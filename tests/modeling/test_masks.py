@@ -145,3 +145,16 @@ def test_flash_attention_keeps_its_padding_mask():
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     made = make_masks(config, torch.zeros(2, 4, 96), mask, None, positions)
     assert torch.equal(made["full_attention"].long(), mask)
+
+
+def test_flash_attention_refuses_packed_rows_that_it_would_not_keep_apart():
+    """The library isolates documents by their positions where the batch is one row, and looks away else."""
+    config = tiny_config("llama-tiny")
+    config._attn_implementation = "flash_attention_2"
+    positions = torch.tensor([[0, 1, 0, 1], [0, 1, 2, 0]])
+    with pytest.raises(ValueError, match="keeps packed documents apart in one row only, got 2"):
+        make_masks(config, torch.zeros(2, 4, 96), None, None, positions)
+    joined = make_masks(config, torch.zeros(1, 8, 96), None, None, positions.view(1, 8))
+    assert joined["full_attention"] is None
+    plain = torch.arange(4).expand(2, 4)
+    assert make_masks(config, torch.zeros(2, 4, 96), None, None, plain)["full_attention"] is None

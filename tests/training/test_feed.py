@@ -19,7 +19,7 @@ from tessera.evaluation.bits_per_byte import TextLoss
 from tessera.training.feed import Feed
 from tessera.training.inputs import Corpus
 from tessera.training.pretrain import Run
-from tessera.training.pretrain_arguments import PretrainArguments
+from tessera.training.pretrain_arguments import PretrainArguments, gather_arguments
 
 GIVEN = {"config": "llama-tiny", "sequence_length": 16, "steps": 6, "log_steps": 1}
 
@@ -175,6 +175,17 @@ def test_the_loss_of_a_mixture_is_that_of_its_shares():
     assert mixed.bits_per_byte == pytest.approx(2.5 / 3.5 / math.log(2))
     assert mixed.stderr == pytest.approx(math.hypot(0.075, 0.05))
     assert feed.mixed([one]) is one
+
+
+def test_a_recipe_says_packing_and_shares_and_a_flag_lies_over_it(tmp_path):
+    (recipe := tmp_path / "train.yaml").write_text(
+        "config: llama-tiny\ndata_dir: [web:0.7, wiki:0.3]\npacking: best-fit\nisolate_documents: true\n"
+    )
+    args = gather_arguments({}, str(recipe))
+    assert args.data_file == ["web:0.7", "wiki:0.3"]
+    assert (args.packing, args.isolate_documents) == ("best-fit", True)
+    args = gather_arguments({"data_file": ["one"], "isolate_documents": False}, str(recipe))
+    assert (args.data_file, args.isolate_documents) == ("one", False)
 
 
 # ---- what cannot be ----
