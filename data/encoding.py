@@ -5,6 +5,7 @@ the pool of processes. The work depends on the batch alone, so that any number o
 ids.
 """
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -13,15 +14,15 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 
-from .deduplication import fingerprint
 from .filters import Dropped, Filters
 from .token_files import smallest_dtype
+from .word_encoding import WordEncoder, known_pattern
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Encoder:
         vocab_size: of the tokenizer, with its special tokens.
         separator: ids between documents.
         eos: end-of-text token, which then is the separator and also follows the last document.
+        pattern: where the ids can be found faster than by the backend, what it splits text by
+            (`word_encoding.known_pattern`).
     """
 
     backend: str | None
@@ -41,63 +44,114 @@ class Encoder:
     vocab_size: int
     separator: tuple[int, ...]
     eos: int | None
+    pattern: str | None = None
 
     @property
     def dtype(self) -> str:
         """Smallest type for the ids."""
         return smallest_dtype(self.vocab_size)
 
-    def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """Ids of each text, without separators. Text that spells a control token is text."""
+    def encode(self, texts: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of UTF-8 texts, one after the other, and how many each has. Spelled control tokens are text."""
         dtype = np.dtype(self.dtype)
         if self.backend is None:
-            return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(dtype) for text in texts]
-        encodings = _load_backend(self.backend).encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=dtype) for encoding in encodings]
+            ids = np.frombuffer(b"".join(texts), dtype=np.uint8).astype(dtype)
+            return ids, np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
+        if self.pattern is not None:
+            return _load_words(self.backend, self.pattern, self.dtype).encode(texts)
+        backend = _load_backend(self.backend)
+        encodings = backend.encode_batch_fast(
+            [str(text, "utf-8") for text in texts], add_special_tokens=False
+        )
+        parts = [np.array(encoding.ids, dtype=dtype) for encoding in encodings]
+        lengths = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts))
+        return np.concatenate([np.zeros(0, dtype), *parts]), lengths
 
-    def work(self, texts: list[str]) -> list["Encoded"]:
+    def work(self, texts: list[str]) -> "EncodedBatch":
         """Filters and encodes a batch."""
         examined = [self.filters.examine(text) for text in texts]
-        kept = iter(self.encode([one.text for one in examined if not one.dropped]))
-        return [
-            Encoded(
-                one.dropped,
-                None if one.dropped else next(kept),
-                len(one.text.encode("utf-8")),
-                fingerprint(one.text),
-                None if one.dropped or one.text == text else one.text,
-                dict(one.lines),
-                one.signature,
-            )
-            for text, one in zip(texts, examined, strict=True)
-        ]
+        batch = self.encode_batch([one.text for one in examined], [one.dropped for one in examined])
+        numbered = list(enumerate(zip(texts, examined, strict=True)))
+        return replace(
+            batch,
+            changed={i: one.text for i, (text, one) in numbered if one.text != text and not one.dropped},
+            lines={i: dict(one.lines) for i, (_, one) in numbered if one.lines},
+            signatures={i: one.signature for i, (_, one) in numbered if one.signature is not None},
+        )
+
+    def encode_batch(self, texts: list[str], dropped: list[Dropped | None] | None = None) -> "EncodedBatch":
+        """Encodes a batch, but what is to be dropped."""
+        dropped = dropped or [None] * len(texts)
+        encoded = [text.encode("utf-8") for text in texts]
+        kept = np.array([one is None for one in dropped], dtype=bool)
+        lengths = np.zeros(len(texts), dtype=np.int64)
+        ids, lengths[kept] = self.encode([encoded[i] for i in np.flatnonzero(kept)])
+        if self.separator:
+            ids = self._separate(ids, lengths[kept])
+            lengths[kept] += len(self.separator)
+        sizes = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
+        digests = b"".join(hashlib.sha256(text).digest() for text in encoded)
+        return EncodedBatch(dropped, sizes, digests, ids, np.cumsum(lengths))
+
+    def _separate(self, ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The separator behind each text."""
+        size = len(self.separator)
+        first = np.cumsum(lengths + size) - size
+        separated = np.empty(len(ids) + size * len(lengths), dtype=ids.dtype)
+        of_text = np.ones(len(separated), dtype=bool)
+        for i, id in enumerate(self.separator):
+            separated[first + i] = id
+            of_text[first + i] = False
+        separated[of_text] = ids
+        return separated
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """What became of a text: ids, or the filter that dropped it.
+class EncodedBatch:
+    """What became of some texts.
 
     Attributes:
-        dropped: why it is to go.
-        ids: its tokens, if it stays.
-        num_bytes, digest: of what the filters left of it.
-        changed: what they left of it, where that is something else.
-        lines: how many lines each rule took out.
-        signature: what near duplicates are found by, if anyone asked.
+        dropped: for each text why it is to go, or None.
+        num_bytes: UTF-8 bytes of what the filters left of each text [texts].
+        digests: sha256 of that, one after the other.
+        ids: of the texts that no filter dropped, each followed by the separator [N].
+        ends: where in `ids` each text ends, dropped ones having none [texts].
+        changed: what the filters left of a text, where that is something else.
+        lines: of texts that lost some, how many lines each rule took out.
+        signatures: what near duplicates are found by, if anyone asked.
     """
 
-    dropped: Dropped | None
-    ids: np.ndarray | None
-    num_bytes: int
-    digest: bytes
-    changed: str | None = None
-    lines: dict[str, int] = field(default_factory=dict)
-    signature: np.ndarray | None = None
+    dropped: list[Dropped | None]
+    num_bytes: np.ndarray
+    digests: bytes
+    ids: np.ndarray
+    ends: np.ndarray
+    changed: dict[int, str] = field(default_factory=dict)
+    lines: dict[int, dict[str, int]] = field(default_factory=dict)
+    signatures: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def lengths_of(self, chosen: np.ndarray) -> np.ndarray:
+        """Ids of some texts, with their separators."""
+        return np.diff(self.ends, prepend=0)[chosen]
+
+    def select(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of some texts, which are given in their order, and where each of them ends."""
+        lengths = np.diff(self.ends, prepend=0)
+        ids, ends = self.ids, np.cumsum(lengths[chosen])
+        if ends[-1] < len(ids):
+            is_chosen = np.zeros(len(lengths), dtype=bool)
+            is_chosen[chosen] = True
+            ids = ids[np.repeat(is_chosen, lengths)]
+        return ids, ends
+
+    def digest(self, i: int) -> bytes:
+        """sha256 of a text."""
+        return self.digests[32 * i : 32 * (i + 1)]
 
     @property
-    def draw(self) -> float:
-        """A number in [0, 1) that depends on the text alone and draws its split, as in data/text.py."""
-        return int.from_bytes(self.digest[:8], "little") / 2**64
+    def draws(self) -> np.ndarray:
+        """A number in [0, 1) for each text, which depends on it alone and draws its split (data/text.py)."""
+        return np.frombuffer(self.digests, dtype="<u8")[::4].astype(np.float64) / 2**64
 
 
 @lru_cache(maxsize=2)
@@ -109,6 +163,11 @@ def _load_backend(path: str):
     backend.no_padding()
     backend.no_truncation()
     return backend
+
+
+@lru_cache(maxsize=2)
+def _load_words(path: str, pattern: str, dtype: str) -> WordEncoder:
+    return WordEncoder(_load_backend(path), pattern, dtype)
 
 
 def build_encoder(folder: Path | None, filters: Filters, scratch: Path) -> Encoder:
@@ -133,10 +192,10 @@ def build_encoder(folder: Path | None, filters: Filters, scratch: Path) -> Encod
     eos = tokenizer.eos_token_id
     encoder = Encoder(str(path), filters, vocab_size, () if eos is None else (eos,), eos)
     if eos is None:
-        encoder = Encoder(str(path), filters, vocab_size, tuple(map(int, encoder.encode(["\n"])[0])), None)
+        encoder = replace(encoder, separator=tuple(encoder.encode([b"\n"])[0].tolist()))
     if _is_bytes(folder, backend):
-        encoder = Encoder(None, filters, vocab_size, encoder.separator, eos)
-    return encoder
+        return replace(encoder, backend=None)
+    return replace(encoder, pattern=known_pattern(backend))
 
 
 def load_tokenizer(given: str):
@@ -198,14 +257,14 @@ class EncodingPool:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
-    def submit(self, texts: list[str]) -> Callable[[], list[Encoded]]:
+    def submit(self, texts: list[str]) -> Callable[[], EncodedBatch]:
         """Begins a batch; what it returns waits for the result."""
         if self._pool is None:
             return lambda: self._encoder.work(texts)
         return partial(_result, self._pool.submit(self._encoder.work, texts))
 
 
-def _result(future: Future) -> list[Encoded]:
+def _result(future: Future) -> EncodedBatch:
     try:
         return future.result()
     except BrokenProcessPool as error:

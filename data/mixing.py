@@ -8,6 +8,7 @@ with what is on its way counted at the rate that it has had so far.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from .sources import read_source
@@ -68,6 +69,10 @@ def parse_source(given: str, **where: str | None) -> Source:
     return Source(weighted[1], weight, **where)
 
 
+# What a stream is that its documents do not tell.
+_MARKED = ("read", "read_chars", "documents", "tokens", "text_bytes", "chars_in_flight", "ended")
+
+
 @dataclass
 class Stream:
     """A source that is being read, and what has come of it.
@@ -108,6 +113,41 @@ class Stream:
                 chars += len(text)
         self.chars_in_flight += chars
         return batch
+
+    def take(self, count: int) -> list[str]:
+        """The next documents again, which an earlier process had as a batch.
+
+        Raises:
+            ValueError: if there are fewer.
+        """
+        batch = list(islice(self.texts, count))
+        if len(batch) < count:
+            raise self._changed()
+        self.chars_in_flight += sum(map(len, batch))
+        return batch
+
+    def skip(self) -> None:
+        """Goes to where an earlier process was, past the documents that it has read.
+
+        Raises:
+            ValueError: if there are fewer.
+        """
+        if sum(1 for _ in islice(self.texts, self.read)) < self.read:
+            raise self._changed()
+
+    def _changed(self) -> ValueError:
+        return ValueError(
+            f"{self.source.source} has fewer documents than were read of it before; begin anew with --restart"
+        )
+
+    def mark(self) -> dict:
+        """How far it is; `restore` takes it."""
+        return {name: getattr(self, name) for name in _MARKED}
+
+    def restore(self, mark: dict) -> None:
+        """Takes over what `mark` returned."""
+        for name in _MARKED:
+            setattr(self, name, mark[name])
 
     def account(self) -> dict:
         """What `data_meta.json` says of the source."""

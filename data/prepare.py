@@ -1,44 +1,39 @@
 """From text to tokens on disk: read, mix, filter, encode, split, write.
 
 Notable:
-- nothing is held but a few megabytes that are on their way through the processes, and 8 bytes a document;
+- nothing is held but a few megabytes that are on their way through the processes, and 8 bytes a document
+where duplicates are looked for;
 - what is written depends on the sources, the tokenizer, the filters and the seed, not on the number of
-processes;
+processes, nor on how often it was killed and went on;
 - sources with weights give tokens in that proportion at every moment, not only in the end: the next batch
 comes from the one that is furthest behind;
-- the folder has its name only when everything in it is written; until then it is `<name>.partial`.
+- the folder has its name only when everything in it is written; until then it is `<name>.partial/tokens`,
+and what a later call goes on from is beside it.
 
-What belongs here: the order of these steps and the account of them in `data_meta.json`.
+What belongs here: the order of these steps, whether an earlier call can be gone on with, and the account of
+it all in `data_meta.json`.
 """
 
 import json
 import shutil
 import sys
-import tempfile
-import time
-from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from itertools import chain, count
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from tqdm import tqdm
-
-from .deduplication import DUPLICATE, NEAR_DUPLICATE, SeenSignatures, SeenTexts, fingerprint, minhash
-from .dropped import DroppedExamples
-from .encoding import Encoded, Encoder, EncodingPool, build_encoder, load_tokenizer
-from .filters import Dropped, Filters
+from .encoding import EncodingPool, build_encoder, load_tokenizer
+from .encoding_pass import IN_FLIGHT, EncodingPass, NothingToKeep
+from .files import list_files
+from .filters import Filters
 from .hashing import file_sha256
-from .mixing import Source, Stream, next_batch, open_streams
-from .sources import read_source
-from .text import MANY_DOCUMENTS
-from .token_files import FORMAT, META, SPLITS, TokenWriter
+from .journal import Journal, sync_folder, write_durably
+from .mixing import BATCH, Source, open_streams
+from .token_files import FORMAT, META, SPLITS
 
-# Batches on their way. The same for any number of processes, since the mixing sees results only after them.
-IN_FLIGHT = 64
-# Where the hashes leave nothing for validation, at most so many documents are moved there.
-RECENT = 64
-SECONDS_BETWEEN_LINES = 10.0  # where there is no progress bar
+# Of what a call leaves for a later one; another number is not gone on from.
+JOURNAL_FORMAT = 1
 
 # What `AutoTokenizer` reads, and what the tokenizer room writes beside it.
 TOKENIZER_FILES = (
@@ -67,8 +62,9 @@ def prepare(
     workers: int = 1,
     seed: int = 0,
     explain: int = 0,
+    restart: bool = False,
 ) -> dict:
-    """Writes a folder of tokens.
+    """Writes a folder of tokens, or goes on where an earlier call with the same arguments was ended.
 
     Each document is followed by the tokenizer's end-of-text token; bytes, and tokenizers without such a
     token, have a line break between documents.
@@ -88,12 +84,14 @@ def prepare(
         workers: processes that filter and encode.
         seed: of the order in which Hub datasets are read.
         explain: keep so many examples of the documents that each filter drops, in `dropped_examples.jsonl`.
+        restart: begin anew, whatever an earlier call has left.
 
     Returns:
         What was written as `data_meta.json`.
 
     Raises:
-        ValueError: for what cannot work; nothing is left behind then.
+        ValueError: for what cannot work; if an earlier call had other arguments or other files; if the disk
+            is full. What was there to go on from stays.
     """
     output = Path(output)
     if tokens is not None and tokens <= 0:
@@ -104,54 +102,155 @@ def prepare(
         raise ValueError(f"the number of workers must be at least 1, got {workers}")
     if explain < 0:
         raise ValueError(f"the number of examples for each filter cannot be {explain}")
+    partial = output.resolve().with_name(output.resolve().name + ".partial")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if partial.is_dir() and not (partial / "tokens").exists():
+            shutil.rmtree(partial)  # of a call that was killed when all was done but this
         raise ValueError(f"{output} exists and is not an empty folder; give another, or remove it first")
     streams = open_streams(sources, seed)
+    filters = filters or Filters()
     output = output.resolve()
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an earlier call that was killed
-    partial.mkdir(parents=True)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            kept_tokenizer = _keep_tokenizer(tokenizer, partial / "tokenizer") if tokenizer else None
-            filters = filters or Filters()
-            encoder = build_encoder(kept_tokenizer, filters, Path(scratch))
-            job = _Job(partial, encoder, streams, tokens, val_fraction, DroppedExamples(explain))
-            if val_data:
-                job.hold_out(val_data, sources[0])
-            with EncodingPool(encoder, workers) as pool:
-                job.run(pool)
-            splits = job.finish()
-        job.examples.write(partial)
-        meta = {
-            "format": FORMAT,
-            "dtype": encoder.dtype,
-            "vocab_size": encoder.vocab_size,
-            "eos_token_id": encoder.eos,
-            "tokenizer_sha256": file_sha256(kept_tokenizer / "tokenizer.json") if kept_tokenizer else None,
-            **splits,
-            "sha256": {
-                f"{split}.{suffix}": file_sha256(partial / f"{split}.{suffix}")
-                for split in SPLITS
-                for suffix in ("bin", "idx")
-            },
-            "sources": [stream.account() for stream in streams],
-            "filters": {
-                "names": list(filters.names),
-                "min_chars": filters.min_chars,
-                "dropped": dict(job.dropped),
-                "lines_dropped": dict(job.lines_dropped),
-            },
-            "val_fraction": None if val_data else val_fraction,
-            "val_data": val_data or None,
-            "token_budget": tokens,
-            "seed": seed,
-        }
-        (partial / META).write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    arguments = {
+        "format": JOURNAL_FORMAT,
+        "data": [asdict(source) for source in sources],
+        "tokens": tokens,
+        "val_fraction": None if val_data else val_fraction,
+        "val_data": val_data or None,
+        "filters": json.loads(json.dumps(asdict(filters))),
+        "seed": seed,
+        "explain": explain,
+        "files": _list_files([source.source for source in sources] + (val_data or [])),
+        "batches": [BATCH, IN_FLIGHT],
+    }
+    with _claimed(partial):
+        journal, folder = Journal(partial / "progress.json"), partial / "tokens"
+        try:
+            if restart:
+                _clear(partial)
+            given = partial / "tokenizer"
+            shutil.rmtree(given, ignore_errors=True)
+            if tokenizer:
+                _keep_tokenizer(tokenizer, given)
+            arguments["tokenizer"] = file_sha256(given / "tokenizer.json") if tokenizer else None
+            mark = journal.read()
+            if mark is None:
+                _clear(folder)
+                if tokenizer:
+                    given.rename(folder / "tokenizer")
+            else:
+                _require_same(mark["arguments"], arguments, partial)
+                shutil.rmtree(given, ignore_errors=True)
+                read = sum(stream["read"] for stream in mark["streams"])
+                print(f"going on after {read:,} documents, from {partial}", file=sys.stderr, flush=True)
+            encoder = build_encoder(folder / "tokenizer" if tokenizer else None, filters, partial)
+            job = EncodingPass(
+                folder, partial, encoder, streams, tokens, val_fraction, explain, journal, arguments, mark
+            )
+            try:
+                if val_data and mark is None:
+                    job.hold_out(val_data, sources[0])
+                with EncodingPool(encoder, workers) as pool:
+                    job.run(pool)
+                splits = job.finish()
+            finally:
+                job.close()
+            meta = {
+                "format": FORMAT,
+                "dtype": encoder.dtype,
+                "vocab_size": encoder.vocab_size,
+                "eos_token_id": encoder.eos,
+                "tokenizer_sha256": arguments["tokenizer"],
+                **splits,
+                "sha256": {
+                    f"{split}.{suffix}": file_sha256(folder / f"{split}.{suffix}")
+                    for split in SPLITS
+                    for suffix in ("bin", "idx")
+                },
+                "sources": [stream.account() for stream in streams],
+                "filters": {
+                    "names": list(filters.names),
+                    "min_chars": filters.min_chars,
+                    "dropped": dict(job.dropped),
+                    "lines_dropped": dict(job.lines_dropped),
+                },
+                "val_fraction": arguments["val_fraction"],
+                "val_data": arguments["val_data"],
+                "token_budget": tokens,
+                "seed": seed,
+            }
+            job.examples.write(folder)
+            write_durably(folder / META, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+            folder.rename(output)
+            sync_folder(output.parent)
+        except NothingToKeep:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        finally:
+            # Without a mark there is nothing to go on from.
+            if output.exists() and any(output.iterdir()) or not journal.path.is_file():
+                shutil.rmtree(partial, ignore_errors=True)
     return meta
+
+
+@contextmanager
+def _claimed(partial: Path) -> Iterator[None]:
+    """Keeps other processes out of the folder that this one writes until it ends, however that comes."""
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = (partial / "lock").open("w")
+    except OSError as error:
+        raise ValueError(f"{partial} cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # not on this system; then nobody watches
+            pass
+        except OSError as error:
+            raise ValueError(f"another process is writing {partial}; wait for it, or end it") from error
+        yield
+
+
+def _clear(folder: Path) -> None:
+    """Leaves a folder with nothing in it but the lock."""
+    folder.mkdir(exist_ok=True)
+    # The journal first: what is left of the rest after a kill is then nothing to go on from.
+    for path in sorted(folder.iterdir(), key=lambda path: path.name != "progress.json"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink()
+
+
+def _list_files(sources: list[str]) -> dict[str, list[int]]:
+    """Size and time of change of every file that will be read from this machine."""
+    files = {}
+    for source in sources:
+        if source and Path(source).expanduser().exists():
+            for file in list_files(Path(source).expanduser()):
+                stat = file.stat()
+                files[str(file)] = [stat.st_size, stat.st_mtime_ns]
+    return files
+
+
+def _require_same(before: dict[str, Any], now: dict[str, Any], partial: Path) -> None:
+    """Whether going on gives what was begun.
+
+    Raises:
+        ValueError: if an argument or a file is another.
+    """
+    anew = "or begin anew with --restart"
+    other = [name for name in now if name != "files" and before.get(name) != now[name]]
+    if other:
+        raise ValueError(
+            f"{partial} was begun with another value of {', '.join(other)} "
+            f"({other[0]}: {before.get(other[0])}, now {now[other[0]]}); give the same, {anew}"
+        )
+    old, new = before["files"], now["files"]
+    if changed := sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)):
+        what = "is new" if changed[0] not in old else "is gone" if changed[0] not in new else "has changed"
+        raise ValueError(f"{changed[0]} {what} since {partial} was begun; put it back as it was, {anew}")
 
 
 def _keep_tokenizer(given: str, folder: Path) -> Path:
@@ -164,188 +263,3 @@ def _keep_tokenizer(given: str, folder: Path) -> Path:
     else:
         load_tokenizer(given).save_pretrained(folder)
     return folder
-
-
-@dataclass
-class _Job:
-    """One pass over the streams."""
-
-    folder: Path
-    encoder: Encoder
-    streams: list[Stream]
-    budget: int | None
-    val_fraction: float
-    examples: DroppedExamples
-    dropped: Counter = field(default_factory=Counter)
-    lines_dropped: Counter = field(default_factory=Counter)
-
-    def __post_init__(self):
-        writer = (self.encoder.dtype, list(self.encoder.separator), self.encoder.eos is not None)
-        self.writers = {split: TokenWriter(self.folder, split, *writer) for split in SPLITS}
-        self.seen = SeenTexts()
-        self.near = SeenSignatures()
-        self.held_out = False  # whether validation has text of its own
-        # The first documents wait until it is known whether there are many.
-        self.waiting: list[tuple[Stream, str, Encoded]] | None = []
-        self.recent: deque[tuple[Stream, int]] = deque(
-            maxlen=RECENT
-        )  # last ones of training, with their bytes
-
-    def hold_out(self, sources: list[str], like: Source) -> None:
-        """Takes text of its own for validation."""
-        self.held_out, self.waiting = True, None
-        where = {"column": like.column, "split": like.split, "name": like.name}
-        for text in chain.from_iterable(read_source(source, **where) for source in sources):
-            self.seen.add(fingerprint(text))
-            if NEAR_DUPLICATE in self.encoder.filters.names:
-                self.near.seen(minhash(text))
-            self.writers["val"].add(self.encoder.encode([text])[0], len(text.encode("utf-8")))
-
-    def run(self, pool: EncodingPool) -> None:
-        """Reads until the sources end or the tokens are enough."""
-        with _Progress(self.budget) as progress:
-            for stream, text, result in self._encoded(pool):
-                stream.read += 1
-                stream.read_chars += len(text)
-                stream.chars_in_flight -= len(text)
-                self.lines_dropped.update(result.lines)
-                if dropped := self._dropped(result):
-                    self.dropped[dropped.reason] += 1
-                    self.examples.add(text, dropped, stream.source.source)
-                else:
-                    self._keep(stream, text if result.changed is None else result.changed, result)
-                progress.show(self.streams, self._tokens(), self.dropped)
-                if self.budget is not None and self._tokens() >= self.budget:
-                    return
-
-    def _dropped(self, result: Encoded) -> Dropped | None:
-        """Why a document goes, with what only those before it can tell."""
-        if result.dropped:
-            return result.dropped
-        if result.digest in self.seen:
-            return Dropped(DUPLICATE)
-        if result.signature is not None and self.near.seen(result.signature):
-            return Dropped(NEAR_DUPLICATE)
-        if DUPLICATE in self.encoder.filters.names:
-            self.seen.add(result.digest)
-        return None
-
-    def finish(self) -> dict[str, dict]:
-        """Sees to it that both splits have text, and ends the files."""
-        train, val = self.writers["train"], self.writers["val"]
-        if not self.waiting and not any(stream.documents for stream in self.streams):
-            read = sum(stream.read for stream in self.streams)
-            reasons = ", ".join(f"{name} dropped {count}" for name, count in self.dropped.most_common())
-            raise ValueError(f"nothing is left of {read} documents: {reasons}; choose other --filters")
-        if self.waiting:
-            self._hold_out_tail()
-        elif not val.documents:
-            # A last document that is all there is stays.
-            wanted = max(int(train.documents * self.val_fraction), 1)
-            moved = []
-            for _ in range(min(wanted, len(self.recent), train.documents - 1)):
-                stream, num_bytes = self.recent.pop()
-                before = train.tokens
-                moved.append((stream, train.pop(num_bytes), num_bytes))
-                stream.tokens -= before - train.tokens
-            for stream, ids, num_bytes in reversed(moved):
-                stream.tokens += val.add(ids, num_bytes)
-        for split, writer in self.writers.items():
-            if writer.tokens < 2:
-                raise ValueError(
-                    f"too little text for a split of its own: {writer.tokens} tokens for {split}; give more "
-                    "text, another --val-fraction, or held-out text with --val-data"
-                )
-        return {split: writer.close() for split, writer in self.writers.items()}
-
-    def _encoded(self, pool: EncodingPool) -> Iterator[tuple[Stream, str, Encoded]]:
-        """Documents and what became of them, in the order of reading."""
-        pending: deque = deque()
-        # Few at first, until it is known how many tokens a source gives.
-        for limit in count(2):
-            while len(pending) < min(limit, IN_FLIGHT) and (chosen := next_batch(self.streams)):
-                stream, texts = chosen
-                pending.append((stream, texts, pool.submit(texts)))
-            if not pending:
-                return
-            stream, texts, wait = pending.popleft()
-            for text, result in zip(texts, wait(), strict=True):
-                yield stream, text, result
-
-    def _keep(self, stream: Stream, text: str, result: Encoded) -> None:
-        if self.waiting is None:
-            self._write(stream, result)
-            return
-        self.waiting.append((stream, text, result))
-        if len(self.waiting) == MANY_DOCUMENTS:
-            self._write_waiting()
-
-    def _tokens(self) -> int:
-        waiting = sum(len(result.ids) for _, _, result in self.waiting or ())
-        return sum(stream.tokens for stream in self.streams) + waiting
-
-    def _write(self, stream: Stream, result: Encoded) -> None:
-        is_val = not self.held_out and result.draw < self.val_fraction
-        self._put("val" if is_val else "train", stream, result.ids, result.num_bytes)
-
-    def _put(self, split: str, stream: Stream, ids, num_bytes: int) -> None:
-        stream.tokens += self.writers[split].add(ids, num_bytes)
-        stream.documents += 1
-        stream.text_bytes += num_bytes
-        if split == "train":
-            self.recent.append((stream, num_bytes))
-
-    def _write_waiting(self) -> None:
-        waiting, self.waiting = self.waiting, None
-        for stream, _, result in waiting:
-            self._write(stream, result)
-
-    def _hold_out_tail(self) -> None:
-        """Of few documents: the last bytes, which may cut one in two."""
-        sizes = [result.num_bytes for _, _, result in self.waiting]
-        room = sum(sizes) - int(sum(sizes) * self.val_fraction)  # for training
-        for stream, text, result in self.waiting:
-            encoded = text.encode("utf-8")
-            cut = min(max(room, 0), len(encoded))
-            while 0 < cut < len(encoded) and encoded[cut] & 0xC0 == 0x80:  # within a character
-                cut -= 1
-            room -= len(encoded)
-            for split, part in zip(SPLITS, (encoded[:cut], encoded[cut:]), strict=True):
-                if part:
-                    ids = (
-                        self.encoder.encode([part.decode("utf-8")])[0]
-                        if len(part) < len(encoded)
-                        else result.ids
-                    )
-                    self._put(split, stream, ids, len(part))
-        self.waiting = None
-
-
-class _Progress:
-    """A bar, or a line now and then where nobody would see it move."""
-
-    def __init__(self, budget: int | None):
-        self._bar = tqdm(total=budget, unit="tok", unit_scale=True, disable=None, desc="encoding")
-        self._start = self._last = time.perf_counter()
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.close()
-
-    def show(self, streams: list[Stream], tokens: int, dropped: Counter) -> None:
-        """Shows the counts, twice a second or every ten."""
-        now = time.perf_counter()
-        if now - self._last < (SECONDS_BETWEEN_LINES if self._bar.disable else 0.5):
-            return
-        self._last = now
-        megabytes = sum(stream.text_bytes for stream in streams) / 1e6
-        kept = sum(stream.documents for stream in streams)
-        status = f"{kept:,} documents, {megabytes:,.0f} MB, {dropped.total():,} dropped"
-        if self._bar.disable:
-            rate = tokens / (now - self._start)
-            print(f"{tokens:,} tokens, {rate:,.0f} a second, {status}", file=sys.stderr, flush=True)
-        else:
-            self._bar.set_postfix_str(status, refresh=False)
-            self._bar.update(tokens - self._bar.n)

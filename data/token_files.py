@@ -1,7 +1,7 @@
 """Token ids on disk: `train.bin`, `val.bin` and what is known of them.
 
-What belongs here: the format, that is writing it and reading it back with every check that saves a training
-run from wrong data. A prepared folder holds
+What belongs here: the format, and reading it with every check that saves a training run from wrong data
+(`data/token_writer.py` writes it). A prepared folder holds
 
 - `train.bin`, `val.bin`: token ids one after the other, little-endian uint8, uint16 or uint32, whichever is
   the smallest that holds the vocabulary;
@@ -17,7 +17,6 @@ Folders that others have tokenized need less: both `.bin`, a `data_meta.json` th
 import json
 import os
 import shutil
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,84 +55,6 @@ class PreparedData:
 def smallest_dtype(vocab_size: int) -> str:
     """Name of the smallest type that holds every id of a vocabulary."""
     return next(name for name, code in DTYPES.items() if vocab_size <= np.iinfo(np.dtype(code)).max + 1)
-
-
-class TokenWriter:
-    """Writes one split, document by document.
-
-    Args:
-        folder: where `<split>.bin` and `<split>.idx` go.
-        split: `train` or `val`.
-        dtype: name of the type, of `DTYPES`.
-        separator: ids between documents.
-        ends_documents: whether the separator also follows the last document, as an end-of-text token does.
-    """
-
-    def __init__(self, folder: Path, split: str, dtype: str, separator: list[int], ends_documents: bool):
-        self._bin = (folder / f"{split}.bin").open("w+b")
-        self._idx = folder / f"{split}.idx"
-        self._type = np.dtype(DTYPES[dtype])
-        self._separator = np.asarray(separator, dtype=self._type)
-        self._ends_documents = ends_documents
-        self._starts = array("Q")
-        self._text_bytes = 0
-        self.tokens = 0
-        self.max_id = 0
-
-    @property
-    def documents(self) -> int:
-        """Documents so far."""
-        return len(self._starts)
-
-    @property
-    def num_bytes(self) -> int:
-        """UTF-8 bytes of the text so far, with one for each separator that has text on both sides."""
-        return self._text_bytes + max(self.documents - 1, 0)
-
-    def add(self, ids: np.ndarray, num_bytes: int) -> int:
-        """Adds a document and returns the tokens that it takes with its separator."""
-        before = self.tokens
-        if not self._ends_documents and self.documents:
-            self._put(self._separator)
-        self._starts.append(self.tokens)
-        self._put(ids.astype(self._type, copy=False))
-        if self._ends_documents:
-            self._put(self._separator)
-        self._text_bytes += num_bytes
-        return self.tokens - before
-
-    def pop(self, num_bytes: int) -> np.ndarray:
-        """Takes the last document out again; its bytes are those that it was added with."""
-        start = self._starts.pop()
-        size = self._type.itemsize
-        self._bin.seek(start * size)
-        ids = np.frombuffer(self._bin.read(), dtype=self._type)
-        if self._ends_documents:
-            ids = ids[: len(ids) - len(self._separator)]
-        elif self.documents:
-            start -= len(self._separator)
-        self._bin.seek(start * size)
-        self._bin.truncate()
-        self.tokens = start
-        self._text_bytes -= num_bytes
-        return ids
-
-    def close(self) -> dict:
-        """Finishes both files and returns their counts."""
-        self._bin.close()
-        np.array([*self._starts, self.tokens], dtype="<u8").tofile(self._idx)
-        return {
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "bytes": self.num_bytes,
-            "max_id": self.max_id,
-        }
-
-    def _put(self, ids: np.ndarray) -> None:
-        if len(ids):
-            self._bin.write(ids.tobytes())
-            self.tokens += len(ids)
-            self.max_id = max(self.max_id, int(ids.max()))
 
 
 def is_prepared(path: str | Path) -> bool:

@@ -58,8 +58,14 @@ def prepare(
     column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
     split: Annotated[str, typer.Option(help="Split of Hub datasets.")] = "train",
     name: Annotated[str | None, typer.Option(help="Configuration of Hub datasets, such as en.")] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew instead of going on after an earlier call.")
+    ] = False,
 ) -> None:
-    """Read, filter and encode text to train.bin and val.bin."""
+    """Read, filter and encode text to train.bin and val.bin.
+
+    Killed, it goes on where it was when it is called again with the same arguments.
+    """
     silence_transformers()
     import os
 
@@ -89,6 +95,7 @@ def prepare(
         workers=workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0]),
         seed=seed,
         explain=explain,
+        restart=restart,
     )
     _show(meta)
     if explain:

@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -21,9 +20,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tessera import build_byte_tokenizer
+from tessera.data.encoding_pass import IN_FLIGHT
 from tessera.data.filters import Filters, choose_filters
 from tessera.data.mixing import MIXTURES, Source, parse_source
-from tessera.data.prepare import IN_FLIGHT, prepare
+from tessera.data.prepare import prepare
 from tessera.data.text import MANY_DOCUMENTS
 
 WORDS = "amber birch cedar delta ember flint grove hazel ivory jade kelp lotus maple north ocean pine".split()
@@ -481,50 +481,6 @@ def test_a_broken_source_leaves_nothing_and_an_earlier_result_is_never_touched(t
     write(path, documents(500))
     prepare([Source(str(path))], tmp_path / "empty")
     assert before.keys() == {file.name for file in (tmp_path / "empty").iterdir()}
-
-
-KILLED = """
-import sys
-from tessera.data.mixing import Source
-from tessera.data.prepare import prepare
-
-if __name__ == "__main__":
-    prepare([Source(sys.argv[1])], sys.argv[2], workers=2)
-"""
-
-
-def test_killed_at_any_moment_nothing_looks_whole_and_the_next_call_succeeds(tmp_path):
-    source = tmp_path / "a.jsonl"
-    write(source, documents(5000) * 40)
-    (tmp_path / "run.py").write_text(KILLED)
-    command = [sys.executable, str(tmp_path / "run.py"), str(source), str(tmp_path / "out")]
-    process = subprocess.Popen(command, start_new_session=True)
-    written = tmp_path / "out.partial" / "train.bin"
-    try:
-        wait_until(lambda: written.exists() and written.stat().st_size > 0)
-        assert len(pids_of_group(process.pid)) > 1
-    finally:
-        process.kill()
-        process.wait()
-    assert not (tmp_path / "out").exists() and written.exists()
-    wait_until(lambda: not pids_of_group(process.pid))  # the workers end with their parent
-    prepare([Source(write(source, documents(50)))], tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out", "run.py"]
-
-
-def wait_until(condition, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
-
-
-def pids_of_group(group: int) -> list[int]:
-    done = subprocess.run(
-        ["ps", "-eo", "pid=,pgid=,stat="], capture_output=True, encoding="utf-8", check=True
-    )
-    rows = [line.split() for line in done.stdout.splitlines()]
-    return [int(pid) for pid, pgid, state in rows if int(pgid) == group and not state.startswith("Z")]
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path):

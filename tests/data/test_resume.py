@@ -1,0 +1,172 @@
+"""Going on after a kill: what is written is, byte for byte, what one undisturbed call writes."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from tessera.data import encoding_pass, journal, mixing
+from tessera.data.filters import Filters
+from tessera.data.mixing import Source
+from tessera.data.prepare import prepare
+
+WORDS = "amber birch cedar delta ember flint grove hazel ivory jade kelp lotus maple north ocean pine".split()
+fork = multiprocessing.get_context("fork")
+
+
+def documents(count: int, seed: int) -> list[str]:
+    draw = random.Random(seed)
+    texts = [" ".join([f"{seed}-{i}", *draw.choices(WORDS, k=draw.randint(3, 60))]) for i in range(count)]
+    # some of them twice, which `duplicate` shall still know after a kill
+    return [text for i, text in enumerate(texts) for text in (text, *([texts[i // 2]] if i % 5 == 0 else []))]
+
+
+def write(path: Path, texts: list[str]) -> str:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory) -> str:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(documents(100, 9), trainer)
+    folder = tmp_path_factory.mktemp("bpe")
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory, bpe) -> dict[str, dict]:
+    """Arguments of `prepare` by name; together they reach everything that a mark holds."""
+    folder = tmp_path_factory.mktemp("sources")
+    first, second = write(folder / "a.jsonl", documents(900, 1)), write(folder / "b.jsonl", documents(500, 2))
+    val = write(folder / "val.jsonl", documents(100, 3))
+    return {
+        "mixture": {
+            "sources": [Source(first, 0.7), Source(second, 0.3)],
+            "tokenizer": bpe,
+            "tokens": 30_000,
+            "filters": Filters(("duplicate", "near_duplicate"), 30),
+            "val_fraction": 0.1,
+            "explain": 3,
+        },
+        "bytes, draw leaves none": {"sources": [Source(first), Source(second)], "val_fraction": 1e-9},
+        "text of its own": {"sources": [Source(second)], "val_data": [val], "tokenizer": bpe},
+    }
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    """Many batches and a mark after each."""
+    monkeypatch.setattr(encoding_pass, "SECONDS_BETWEEN_MARKS", 0.0)
+    monkeypatch.setattr(mixing, "BATCH", 2**11)
+    monkeypatch.setattr("tessera.data.prepare.BATCH", 2**11)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def in_a_process(call) -> "multiprocessing.process.BaseProcess":
+    """Starts a copy of this process, which has everything imported, that is gone after the call."""
+
+    def run():
+        sys.stderr = sys.stdout = open(os.devnull, "w")
+        call()
+
+    process = fork.Process(target=run)
+    process.start()
+    return process
+
+
+def check_kills(given: dict, folder: Path, kills: int, seed: int) -> None:
+    """Kills calls after random times until that has happened so often, each output being gone on with."""
+    prepare(output=folder / "first", **given)  # imports what it needs
+    start = time.perf_counter()
+    prepare(output=folder / "whole", **given)
+    seconds = time.perf_counter() - start
+    expected, draw = content(folder / "whole"), random.Random(seed)
+    assert content(folder / "first") == expected
+    killed = went_on = outputs = 0
+    while killed < kills:
+        outputs += 1
+        assert outputs < 3 * kills, "it is hardly ever killed in the middle"
+        output = folder / f"out{outputs}"
+        mark = folder / f"out{outputs}.partial" / "progress.json"
+        while not output.exists():
+            before = mark.stat().st_mtime_ns if mark.exists() else None
+            process = in_a_process(lambda output=output: prepare(output=output, **given))
+            if draw.random() < 0.7 and killed < kills:  # else at any moment, or never
+                while process.is_alive() and (not mark.exists() or mark.stat().st_mtime_ns == before):
+                    time.sleep(0.001)
+                process.join(draw.uniform(0, seconds / 4))
+            else:
+                process.join(draw.uniform(0, seconds) if killed < kills else None)
+            process.kill()
+            process.join()
+            killed += process.exitcode == -signal.SIGKILL
+            went_on += mark.exists()
+        assert content(output) == expected
+        assert not (mark.parent / "tokens").exists()
+    assert went_on >= kills // 2
+
+
+@pytest.mark.parametrize("case", ["mixture", "bytes, draw leaves none", "text of its own"])
+def test_killed_at_random_moments_it_writes_what_an_undisturbed_run_does(cases, tmp_path, case):
+    check_kills(cases[case], tmp_path, 3, seed=1)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_writes_what_an_undisturbed_run_does(cases, tmp_path):
+    check_kills(cases["mixture"], tmp_path, 20, seed=2)
+
+
+@pytest.mark.parametrize("case", ["mixture", "bytes, draw leaves none"])
+def test_ended_between_any_two_changes_of_the_disk_it_goes_on(cases, tmp_path, case, monkeypatch):
+    """Not by chance: each call ends right before its n-th change, which also meets the last steps."""
+    given = cases[case]
+    monkeypatch.setattr(journal, "HELD", 2**11)
+    prepare(output=tmp_path / "whole", **given)
+    expected, draw = content(tmp_path / "whole"), random.Random(3)
+
+    def call_and_die(after: int):
+        changes = 0
+
+        def dying(call):
+            def counted(*arguments, **keywords):
+                nonlocal changes
+                changes += 1
+                if changes > after:
+                    os._exit(9)
+                return call(*arguments, **keywords)
+
+            return counted
+
+        for name in ("write", "fsync", "replace", "ftruncate", "rename", "unlink", "rmdir"):
+            setattr(os, name, dying(getattr(os, name)))
+        prepare(output=tmp_path / "out", **given)
+
+    deaths = 0
+    while not (tmp_path / "out").exists():
+        assert deaths < 300
+        process = in_a_process(lambda: call_and_die(draw.randint(60, 150)))
+        process.join()
+        deaths += 1
+    assert content(tmp_path / "out") == expected
+    assert deaths > 3
