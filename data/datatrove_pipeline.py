@@ -140,7 +140,11 @@ def build_stages(
     encoding.append(WriteShards(work, kept_tokenizer, val_fraction))
     account = {
         "sources": [_given(source) for source in sources],
-        "filters": {"names": list(filters.names), "min_chars": filters.min_chars},
+        "filters": {
+            "names": list(filters.names),
+            "min_chars": filters.min_chars,
+            "language": filters.language,
+        },
         "val_fraction": val_fraction,
     }
     return [

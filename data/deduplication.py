@@ -94,9 +94,10 @@ class KeySet:
             self._push(np.unique(np.frombuffer(state, dtype="<u8").astype(np.uint64)))
 
     def _push(self, run: np.ndarray) -> None:
-        run = np.sort(run)
+        run.sort()
         while self._runs and len(self._runs[-1]) <= 2 * len(run):
-            run = np.sort(np.concatenate([self._runs.pop(), run]), kind="stable")
+            run = np.concatenate([self._runs.pop(), run])
+            run.sort(kind="stable")  # in place, as the longest run is most of the memory
         self._runs.append(run)
 
 

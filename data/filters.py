@@ -13,10 +13,12 @@ import numpy as np
 
 from .deduplication import DUPLICATE, NEAR_DUPLICATE, minhash
 from .document_rules import LATER_RULES, RULES, Document
+from .language import CONFIDENT, probability_of, require_language
 from .line_rules import CITATIONS, LINE_RULES, clean_lines
 
 MIN_CHARS = 200  # ours: about two sentences
 TOO_SHORT = "too_short"
+OTHER_LANGUAGE = "other_language"
 EMPTY = "empty"  # nothing is left of it
 
 EVERY = (*RULES, CITATIONS, *LINE_RULES, *LATER_RULES, DUPLICATE, NEAR_DUPLICATE)
@@ -110,10 +112,12 @@ class Filters:
     Attributes:
         names: of `EVERY`, in its order.
         min_chars: characters that a document needs; 0 for any.
+        language: two letters of the only language to keep; None for any.
     """
 
     names: tuple[str, ...] = ()
     min_chars: int = 0
+    language: str | None = None
 
     def examine(self, text: str) -> Examined:
         """Asks all rules but those on duplicates, which are for the caller to find."""
@@ -122,6 +126,8 @@ class Filters:
         document = Document(text)
         if dropped := self._ask(document, RULES):
             return Examined(text, dropped)
+        if self.language and (sure := probability_of(self.language, text)) < CONFIDENT:
+            return Examined(text, Dropped(OTHER_LANGUAGE, sure, CONFIDENT))
         lines = Counter()
         if line_rules := tuple(name for name in self.names if name in LINE_RULES or name == CITATIONS):
             cleaned, lines = clean_lines(text, line_rules)
@@ -145,16 +151,19 @@ class Filters:
         return None
 
 
-def choose_filters(given: str, min_chars: int | None = None) -> Filters:
+def choose_filters(given: str, min_chars: int | None = None, language: str | None = None) -> Filters:
     """The filters that a user names.
 
     Args:
         given: presets (`none`, `basic`, `c4`, `gopher`, `fineweb`) and names, separated by commas.
         min_chars: shortest document; default: 200 with `basic`, else any.
+        language: two letters of the only language to keep, such as `en`.
 
     Raises:
-        ValueError: for an unknown name or a negative length.
+        ValueError: for an unknown name or language, or a negative length.
     """
+    if language is not None:
+        require_language(language)
     if min_chars is not None and min_chars < 0:
         raise ValueError(f"the shortest document cannot have {min_chars} characters")
     wanted = [name.strip() for name in given.split(",")]
@@ -165,4 +174,4 @@ def choose_filters(given: str, min_chars: int | None = None) -> Filters:
     chosen = {name for given in wanted for name in PRESETS.get(given, (given,))}
     if min_chars is None:
         min_chars = MIN_CHARS if "basic" in wanted else 0
-    return Filters(tuple(name for name in EVERY if name in chosen), min_chars)
+    return Filters(tuple(name for name in EVERY if name in chosen), min_chars, language)

@@ -170,6 +170,7 @@ def prepare(
                 "filters": {
                     "names": list(filters.names),
                     "min_chars": filters.min_chars,
+                    "language": filters.language,
                     "dropped": dict(job.dropped),
                     "lines_dropped": dict(job.lines_dropped),
                 },

@@ -50,6 +50,9 @@ def prepare(
         int | None, typer.Option(help="Shortest document; default: 200 with basic filters, else any.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that encode; default: one a core.")] = None,
+    language: Annotated[
+        str | None, typer.Option(help="Keep only this language, such as en, by a trained model.")
+    ] = None,
     explain: Annotated[
         int,
         typer.Option(help="Show so many dropped documents of each reason; also in dropped_examples.jsonl."),
@@ -91,7 +94,7 @@ def prepare(
         tokens=None if tokens is None else int(tokens),
         val_fraction=val_fraction,
         val_data=val_data,
-        filters=choose_filters(filters or ("basic" if preset else "none"), min_chars),
+        filters=choose_filters(filters or ("basic" if preset else "none"), min_chars, language),
         workers=workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0]),
         seed=seed,
         explain=explain,

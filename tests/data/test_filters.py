@@ -216,6 +216,32 @@ def test_paragraphs_count_by_number_and_by_characters():
     assert repeated_paragraphs("a\na\na") is None
 
 
+SENTENCES = {
+    "en": "The railway reached the valley in spring, which changed almost everything that people did there.",
+    "de": "Die Eisenbahn erreichte das Tal im Frühling, was fast alles änderte, wovon die Leute dort lebten.",
+    "fr": "Le chemin de fer atteignit la vallée au printemps, ce qui changea presque toute la vie des gens.",
+    "ru": "Железная дорога пришла в долину весной, и это изменило почти всё, чем жили там люди.",
+    "ja": "鉄道は春に谷に達し、そこに住む人々の暮らしのほとんどすべてを変えた。",
+}
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_only_one_language_is_kept(language):
+    pytest.importorskip("py3langid", reason="an optional extra")
+    chosen = choose_filters("none", language=language)
+    for other, text in SENTENCES.items():
+        dropped = chosen.examine(text * 3).dropped
+        assert (dropped is None) == (other == language), other
+        if dropped:
+            assert dropped.reason == "other_language" and dropped.value < dropped.limit == 0.65
+
+
+def test_a_language_that_nobody_knows_is_refused():
+    pytest.importorskip("py3langid", reason="an optional extra")
+    with pytest.raises(ValueError, match="no language 'english'; there are .*, en, "):
+        choose_filters("none", language="english")
+
+
 PAGE = """Home | About | Contact
 The museum[1] opened its doors[edit] in the spring of 1911.
 It was closed during both of the wars.

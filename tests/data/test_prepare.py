@@ -118,6 +118,7 @@ def test_what_is_written_is_described(tmp_path, bpe):
     assert meta["filters"] == {
         "names": ["duplicate"],
         "min_chars": 8,
+        "language": None,
         "dropped": {"too_short": 3},
         "lines_dropped": {},
     }

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from tessera import cli
 from tessera.data.filters import choose_filters
 from tessera.data.mixing import Source
 from tessera.data.prepare import prepare
@@ -86,3 +88,20 @@ def test_examples_of_what_was_dropped_are_kept_by_reason_with_what_was_measured(
     assert not (tmp_path / "plain" / "dropped_examples.jsonl").exists()
     with pytest.raises(ValueError, match="cannot be -1"):
         prepare([Source(source)], tmp_path / "other", explain=-1)
+
+
+def test_the_command_shows_what_was_dropped_and_why(tmp_path):
+    source = write(tmp_path / "texts.jsonl", [f"{i} " + "word " * 60 for i in range(30)] + ["few\nwords"])
+    arguments = [
+        "--data",
+        source,
+        "--output",
+        str(tmp_path / "out"),
+        "--filters",
+        "few_words",
+        "--explain",
+        "3",
+    ]
+    result = CliRunner().invoke(cli.app, ["data", "prepare", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert f"few_words: 2, limit 50 (9 characters of {source})\n    few words\n" in result.output
