@@ -296,7 +296,7 @@ class WriteShards(PipelineStep):
             encoder = build_encoder(self.tokenizer, Filters(), Path(scratch))
             files = {split: (folder / f"{split}.bin").open("wb") for split in SPLITS}
             lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
-            account = {split: {"bytes": 0, "max_id": 0} for split in SPLITS}
+            account = {split: {"bytes": 0, "max_id": 0, "last_source": None} for split in SPLITS}
             of_sources: dict[str, Counter] = {}
             dtype = np.dtype(DTYPES[encoder.dtype])
             separator = np.asarray(encoder.separator, dtype=dtype)
@@ -312,6 +312,7 @@ class WriteShards(PipelineStep):
                     size = len(document.text.encode("utf-8"))
                     account[split]["bytes"] += size
                     account[split]["max_id"] = max(account[split]["max_id"], int(ids.max()))
+                    account[split]["last_source"] = document.metadata["source"]
                     counts = of_sources.setdefault(str(document.metadata["source"]), Counter())
                     counts.update(documents=1, tokens=len(ids), bytes=size)
             for split, file in files.items():
@@ -376,6 +377,11 @@ class MergeShards(PipelineStep):
                 total.update(account["sources"].get(str(number), {}))
             read = sum(count["read"].get(str(number), 0) for count in counts)
             sources.append({**source, "read": read, **total, "ended": True})
+        if encoder["eos_token_id"] is None:  # nothing stands after the last document of a split
+            for split in SPLITS:
+                ends = [account["splits"][split]["last_source"] for account in accounts]
+                last = [number for number in ends if number is not None][-1]
+                sources[last]["tokens"] -= len(encoder["separator"])
         meta = {
             "format": FORMAT,
             "dtype": encoder["dtype"],
