@@ -295,29 +295,31 @@ class WriteShards(PipelineStep):
         with tempfile.TemporaryDirectory() as scratch:
             encoder = build_encoder(self.tokenizer, Filters(), Path(scratch))
             files = {split: (folder / f"{split}.bin").open("wb") for split in SPLITS}
-            lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
+            lengths: dict[str, list[np.ndarray]] = {split: [np.zeros(0, "<u8")] for split in SPLITS}
             account = {split: {"bytes": 0, "max_id": 0, "last_source": None} for split in SPLITS}
             of_sources: dict[str, Counter] = {}
-            dtype = np.dtype(DTYPES[encoder.dtype])
-            separator = np.asarray(encoder.separator, dtype=dtype)
             for batch in _batches(data):
                 with self.track_time():
-                    encoded = encoder.encode([document.text for document in batch])
-                for document, ids in zip(batch, encoded, strict=True):
-                    draw = int.from_bytes(fingerprint(document.text)[:8], "little") / 2**64
-                    split = "val" if draw < self.val_fraction else "train"
-                    ids = np.concatenate([ids.astype(dtype), separator])
-                    files[split].write(ids.tobytes())
-                    lengths[split].append(len(ids))
-                    size = len(document.text.encode("utf-8"))
-                    account[split]["bytes"] += size
-                    account[split]["max_id"] = max(account[split]["max_id"], int(ids.max()))
-                    account[split]["last_source"] = document.metadata["source"]
-                    counts = of_sources.setdefault(str(document.metadata["source"]), Counter())
-                    counts.update(documents=1, tokens=len(ids), bytes=size)
+                    encoded = encoder.encode_batch([document.text for document in batch])
+                sizes, counts = encoded.num_bytes, encoded.lengths_of(np.arange(len(batch)))
+                for number, document in enumerate(batch):
+                    of_source = of_sources.setdefault(str(document.metadata["source"]), Counter())
+                    of_source.update(documents=1, tokens=int(counts[number]), bytes=int(sizes[number]))
+                is_val = encoded.draws < self.val_fraction
+                for split, chosen in zip(
+                    SPLITS, (np.flatnonzero(~is_val), np.flatnonzero(is_val)), strict=True
+                ):
+                    if len(chosen):
+                        ids, _ = encoded.select(chosen)
+                        files[split].write(ids.astype(DTYPES[encoder.dtype], copy=False).tobytes())
+                        lengths[split].append(counts[chosen].astype("<u8"))
+                        known = account[split]
+                        known["bytes"] += int(sizes[chosen].sum())
+                        known["max_id"] = max(known["max_id"], int(ids.max()))
+                        known["last_source"] = batch[chosen[-1]].metadata["source"]
             for split, file in files.items():
                 file.close()
-                np.array(lengths[split], dtype="<u8").tofile(folder / f"{split}.lengths")
+                np.concatenate(lengths[split]).tofile(folder / f"{split}.lengths")
             known = {"dtype": encoder.dtype, "vocab_size": encoder.vocab_size, "eos_token_id": encoder.eos}
             known["separator"] = list(encoder.separator)
             _write_json(folder / "account.json", {"splits": account, "sources": of_sources, "encoder": known})
