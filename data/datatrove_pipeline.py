@@ -31,11 +31,11 @@ from .dropped import DroppedExamples
 from .encoding import build_encoder
 from .files import list_files
 from .filters import Filters
-from .hashing import file_sha256
+from .merging import merge_shards
 from .mixing import BATCH, Source
 from .prepare import _keep_tokenizer
 from .sources import read_file
-from .token_files import DTYPES, FORMAT, META, SPLITS
+from .token_files import DTYPES, SPLITS
 
 try:
     from datatrove.data import Document
@@ -338,96 +338,15 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 class MergeShards(PipelineStep):
-    """All tasks' ids in one prepared folder, in the order of the tasks."""
+    """All tasks' ids in one prepared folder, in the order of the tasks (data/merging.py)."""
 
     name = "Merge"
     type = "WRITER"
 
-    def __init__(self, work: Path, output: Path, tokenizer: Path | None, account: dict):
+    def __init__(self, work: Path, output: Path, tokenizer: Path | None, given: dict):
         super().__init__()
-        self.work, self.output, self.tokenizer, self.account = str(work), str(output), tokenizer, account
+        self.work, self.output, self.tokenizer, self.given = work, output, tokenizer, given
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
-        """Writes `train.bin`, `val.bin`, their `.idx`, the tokenizer and `data_meta.json`.
-
-        Raises:
-            ValueError: if a split is empty.
-        """
-        shards = sorted((Path(self.work) / "tokens").iterdir())
-        accounts = [json.loads((shard / "account.json").read_text(encoding="utf-8")) for shard in shards]
-        counted = sorted((Path(self.work) / "counts").iterdir())
-        counts = [json.loads(path.read_text(encoding="utf-8")) for path in counted]
-        partial = Path(f"{self.output}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        encoder = accounts[0]["encoder"]
-        splits = {split: _merge(partial, split, shards, accounts) for split in SPLITS}
-        if self.tokenizer:
-            shutil.copytree(self.tokenizer, partial / "tokenizer")
-        written = sum(split["documents"] for split in splits.values())
-        dropped, lines = Counter(), Counter()
-        for count in counts:
-            dropped.update(count["dropped"])
-            lines.update(count["lines_dropped"])
-        if twins := sum(count["kept"] for count in counts) - written:
-            near = NEAR_DUPLICATE in self.account["filters"]["names"]
-            dropped[NEAR_DUPLICATE if near else DUPLICATE] = twins
-        sources = []
-        for number, source in enumerate(self.account["sources"]):
-            total = Counter(documents=0, tokens=0, bytes=0)
-            for account in accounts:
-                total.update(account["sources"].get(str(number), {}))
-            read = sum(count["read"].get(str(number), 0) for count in counts)
-            sources.append({**source, "read": read, **total, "ended": True})
-        if encoder["eos_token_id"] is None:  # nothing stands after the last document of a split
-            for split in SPLITS:
-                ends = [account["splits"][split]["last_source"] for account in accounts]
-                last = [number for number in ends if number is not None][-1]
-                sources[last]["tokens"] -= len(encoder["separator"])
-        meta = {
-            "format": FORMAT,
-            "dtype": encoder["dtype"],
-            "vocab_size": encoder["vocab_size"],
-            "eos_token_id": encoder["eos_token_id"],
-            "tokenizer_sha256": file_sha256(self.tokenizer / "tokenizer.json") if self.tokenizer else None,
-            **splits,
-            "sha256": {
-                f"{split}.{suffix}": file_sha256(partial / f"{split}.{suffix}")
-                for split in SPLITS
-                for suffix in ("bin", "idx")
-            },
-            "sources": sources,
-            "filters": {**self.account["filters"], "dropped": dict(dropped), "lines_dropped": dict(lines)},
-            "val_fraction": self.account["val_fraction"],
-            "val_data": None,
-            "token_budget": None,
-            "seed": None,
-        }
-        (partial / META).write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        if Path(self.output).is_dir():
-            Path(self.output).rmdir()
-        partial.rename(self.output)
-
-
-def _merge(folder: Path, split: str, shards: list[Path], accounts: list[dict]) -> dict[str, int]:
-    """One split: ids one after the other, and where each document starts."""
-    lengths = np.concatenate([np.fromfile(shard / f"{split}.lengths", dtype="<u8") for shard in shards])
-    if not len(lengths):
-        raise ValueError(
-            f"no document is left for {split}: choose other filters, another val_fraction, or more text"
-        )
-    with (folder / f"{split}.bin").open("wb") as merged:
-        for shard in shards:
-            with (shard / f"{split}.bin").open("rb") as part:
-                shutil.copyfileobj(part, merged, 2**22)
-        encoder = accounts[0]["encoder"]
-        if encoder["eos_token_id"] is None:  # a separator stands between documents, not after the last
-            lengths[-1] -= len(encoder["separator"])
-            merged.truncate(int(lengths.sum()) * np.dtype(DTYPES[encoder["dtype"]]).itemsize)
-    np.append(np.uint64(0), np.cumsum(lengths, dtype="<u8")).astype("<u8").tofile(folder / f"{split}.idx")
-    return {
-        "documents": len(lengths),
-        "tokens": int(lengths.sum()),
-        "bytes": sum(account["splits"][split]["bytes"] for account in accounts) + len(lengths) - 1,
-        "max_id": max(account["splits"][split]["max_id"] for account in accounts),
-    }
+        """Writes the folder."""
+        merge_shards(self.work, self.output, self.tokenizer, self.given)
