@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .byte_level import Encoding, identify_ranks, read_ranks
+from .chat import END_OF_TEXT
 from .locate import Located, load_huggingface, locate
 from .token_bytes import TokenBytes, token_bytes
 
@@ -213,9 +214,9 @@ def _of_gpt2_files(vocabulary: Path, merges: Path) -> Any:
         raise ValueError(
             f"{vocabulary} and {merges.name} are not GPT-2's vocabulary and merges to tiktoken"
         ) from error
-    settings = _with(public.gpt2, data_gym_to_mergeable_bpe_ranks=lambda **_: ranks)()
-    end = settings["special_tokens"]
-    return tiktoken.Encoding(**{**settings, "explicit_n_vocab": len(ranks) + len(end)})
+    # A vocabulary of another size than GPT-2's has its one special token after it all the same.
+    own = {"explicit_n_vocab": len(ranks) + 1, "special_tokens": {END_OF_TEXT: len(ranks)}}
+    return tiktoken.Encoding(**_with(public.gpt2, data_gym_to_mergeable_bpe_ranks=lambda **_: ranks)() | own)
 
 
 def _with(function: Callable, **globals_: Any) -> Callable:

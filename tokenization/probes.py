@@ -95,7 +95,6 @@ def _invalid_utf8() -> Iterator[Probe]:
         "all bytes backwards": bytes(range(255, -1, -1)),
     }.items():
         yield Probe(f"not UTF-8: {name}", data.decode("utf-8", errors="replace"))
-    yield Probe("U+FFFD alone", "\ufffd")
     yield Probe("U+FFFD in text", "a\ufffdb \ufffd\ufffd 1\ufffd\n\ufffd" + "\ufffd" * 300)
 
 
@@ -160,7 +159,7 @@ def _digits() -> Iterator[Probe]:
 def _contractions() -> Iterator[Probe]:
     ends = ("s", "t", "re", "ve", "m", "ll", "d")
     for end in ends:
-        for form in (end, end.upper(), end.capitalize(), end[0] + end[1:].upper()):
+        for form in dict.fromkeys((end, end.upper(), end.capitalize(), end[0] + end[1:].upper())):
             yield Probe(
                 f"'{form}", f"it'{form} IT'{form}, x'{form}y '{form} ''{form} 1'{form}\n'{form} it’{form}"
             )

@@ -8,16 +8,18 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .codecs import Codec, huggingface_codec
+from .codecs import Codec, huggingface_codec, sentencepiece_codec
 from .verify import require_same
 
 META_FILE = "tokenizer_meta.json"
+MODEL_FILE = "tokenizer.model"
 
 # Text with special tokens, which must be found in it after loading as before.
 _SPECIAL_PROBES = (
@@ -70,7 +72,7 @@ def save_tokenizer(
         meta: what to tell of its origin, such as `type` and `source`; JSON. Size, ids and hash are added.
         files: further files by name, such as the SentencePiece model.
         original: what the tokenizer was made from, run by its own library: what is written must encode and
-            decode as it does, on the texts of `probes`.
+            decode as it does, on the texts of `probes`. If not given, a `tokenizer.model` among the files is.
 
     Returns:
         The directory.
@@ -88,6 +90,8 @@ def save_tokenizer(
         tokenizer.save_pretrained(aside)
         for name, data in (files or {}).items():
             (aside / name).write_bytes(data)
+        if original is None and MODEL_FILE in (files or {}) and find_spec("sentencepiece"):
+            original = sentencepiece_codec(files[MODEL_FILE], MODEL_FILE)
         loaded = AutoTokenizer.from_pretrained(aside)
         described = _describe(tokenizer, aside) | dict(meta or {}) | _verify(tokenizer, loaded, original)
         text = json.dumps(described, indent=2, ensure_ascii=False)

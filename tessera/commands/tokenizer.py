@@ -127,3 +127,87 @@ def verify(
     typer.echo(found.report())
     typer.echo("equal" if equal else "different")
     raise typer.Exit(0 if equal else 1)
+
+
+# Compared with when only one tokenizer is given, as far as tiktoken has them or can get them.
+PUBLISHED = ("gpt2", "cl100k_base", "o200k_base")
+
+
+@app.command()
+def info(
+    tokenizer: Annotated[str, typer.Argument(help=A_TOKENIZER)],
+    encoding: Annotated[
+        str | None, typer.Option("--as", help="Encoding of a rank file, where its name does not tell.")
+    ] = None,
+) -> None:
+    """Tell what a tokenizer is like: size, tokens, bytes per token by kind of text."""
+    from tessera.tokenization.codecs import open_codec
+    from tessera.tokenization.statistics import describe
+
+    silence_transformers()
+    typer.echo(describe(open_codec(tokenizer, encoding=encoding)).report())
+
+
+@app.command()
+def compare(
+    tokenizers: Annotated[list[str], typer.Argument(help=A_TOKENIZER + " Several, or one.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="Text of your own, for a row more; as for train.")
+    ] = None,
+    column: Annotated[str, typer.Option(help="Column of the text in tables.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of Hub datasets.")] = "train",
+    name: Annotated[str | None, typer.Option(help="Configuration of Hub datasets.")] = None,
+    limit_mb: Annotated[float, typer.Option(help="Megabytes of --data to read at most; 0 for all.")] = 10.0,
+) -> None:
+    """Table of bytes per token by kind of text.
+
+    One tokenizer is compared with GPT-2's, cl100k_base and o200k_base, as far as they are to be had.
+    """
+    from tessera.data.sources import read_texts
+    from tessera.tokenization.codecs import open_codec
+    from tessera.tokenization.statistics import compare_table
+
+    if limit_mb < 0:
+        raise ValueError(f"--limit-mb must be 0 (all) or more, got {limit_mb:g}")
+    silence_transformers()
+    codecs = [open_codec(given) for given in tokenizers]
+    if len(codecs) == 1:
+        for published in PUBLISHED:
+            try:
+                codecs.append(open_codec(published))
+            except ValueError as error:
+                typer.echo(f"without {published}: {error}", err=True)
+    limit = int(limit_mb * 1e6) if limit_mb else None
+    texts = list(read_texts(data, column=column, split=split, name=name, limit_bytes=limit)) if data else None
+    typer.echo(compare_table(codecs, texts))
+
+
+@app.command()
+def show(
+    tokenizer: Annotated[str, typer.Argument(help=A_TOKENIZER)],
+    text: Annotated[str | None, typer.Argument(help="Text to show.")] = None,
+    file: Annotated[str | None, typer.Option(help="Text file, in place of TEXT.")] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Page to write (HTML); without, to the terminal.")
+    ] = None,
+) -> None:
+    """Show a text coloured by token: in the terminal, or as a page with ids on hover."""
+    from pathlib import Path
+
+    from tessera.tokenization.codecs import open_codec
+    from tessera.tokenization.page import page, terminal_text
+
+    if (text is None) == (file is None):
+        raise ValueError("give the text itself, or a file with --file")
+    if file is not None:
+        if not Path(file).is_file():
+            raise ValueError(f"there is no file {file}")
+        text = Path(file).read_bytes().decode("utf-8", errors="replace")
+    silence_transformers()
+    codec = open_codec(tokenizer)
+    if output is None:
+        typer.echo(terminal_text(codec, text), color=True)
+        return
+    title = Path(file).name if file is not None else "A text"
+    Path(output).write_text(page(codec, text, title), encoding="utf-8")
+    typer.echo(f"page: {output}")
