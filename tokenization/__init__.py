@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .importing import import_tokenizer
     from .save import save_tokenizer
     from .train import train_tokenizer
+    from .verify import verify_tokenizers
 
 _ROOM_OF = {
     "ByteTokenizer": "byte_tokenizer",
@@ -24,6 +25,7 @@ _ROOM_OF = {
     "load_chat_tokenizer": "chat",
     "save_tokenizer": "save",
     "train_tokenizer": "train",
+    "verify_tokenizers": "verify",
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "load_chat_tokenizer",
     "save_tokenizer",
     "train_tokenizer",
+    "verify_tokenizers",
 ]
 
 

@@ -93,9 +93,9 @@ class _Decoder:
 
     @classmethod
     def of(cls, backend: Tokenizer) -> "_Decoder":
-        described = json.loads(backend.to_str())["decoder"]
         kind = cls()
-        kind._read(described or {"type": "none"})
+        # The state of the one part: the JSON of the whole takes a second where vocabularies are large.
+        kind._read(json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": "none"})
         return kind
 
     def _read(self, step: dict) -> None:

@@ -9,6 +9,7 @@ import pytest
 import sentencepiece
 import tiktoken
 import tiktoken_ext.openai_public
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoTokenizer
 
 from tessera import cli
@@ -363,6 +364,26 @@ def test_a_name_that_the_hub_does_not_have_is_refused(monkeypatch):
     monkeypatch.setattr("tessera.tokenization.locate.AutoTokenizer.from_pretrained", fail)
     with pytest.raises(ValueError, match="some/name is no file or directory.*: cannot connect$"):
         import_tokenizer("some/name")
+
+
+def test_a_name_on_the_hub_with_a_model_alone_is_read_as_that_model(tmp_path, corpus, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(train_model(corpus, **SETTINGS["as Mistral's"]))
+
+    def download(name, file):
+        if file != "tokenizer.model":
+            raise EntryNotFoundError(file)
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("tessera.tokenization.locate.hf_hub_download", download)
+    tokenizer = import_tokenizer("some/name", output=tmp_path / "out")
+    assert tokenizer.get_vocab() == import_tokenizer(tmp_path / "tokenizer.model").get_vocab()
+    assert (tmp_path / "out" / "tokenizer.model").is_file()
+
+
+@pytest.mark.parametrize("name", ["spm.model", "some_240323.model.v3"])
+def test_a_folder_may_call_its_one_model_otherwise(tmp_path, corpus, name):
+    (tmp_path / name).write_bytes(train_model(corpus, **IDENTITY))
+    assert len(import_tokenizer(tmp_path, chat=False)) == 600
 
 
 def test_adding_chat_to_an_import_twice_changes_nothing(tiny):

@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 import tiktoken
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tessera import cli
@@ -130,7 +130,7 @@ def test_tokens_with_other_ids_and_other_special_ids_are_told(trained, tmp_path)
 
 def test_special_tokens_that_only_one_has_are_told_and_count_only_if_asked(trained, tmp_path, capsys):
     tokenizer = AutoTokenizer.from_pretrained(trained["bytes"])
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<|more|>"]}, replace_extra_special_tokens=False)
+    tokenizer.add_tokens([AddedToken("<|more|>", special=True, normalized=False)])
     tokenizer.save_pretrained(tmp_path / "more")
     arguments = ("tokenizer", "verify", trained["bytes"], tmp_path / "more")
     code, out, _ = run(capsys, *arguments)
