@@ -49,46 +49,56 @@ class Marked:
     """A conversation token by token.
 
     Attributes:
+        text: as the chat template writes it.
         ids: of the tokens [T].
         spans: first and last character, plus one, of each token in the text [T].
         trained: whether each is trained on [T].
-        missed: how many of these transformers' own mask leaves out: of a character in several tokens that
-            ends a generation block it has only the first. TRL's `assistant_only_loss` uses that mask.
     """
 
+    text: str
     ids: list[int]
     spans: list[tuple[int, int]]
     trained: list[bool]
-    missed: int
 
 
 def mark_conversation(tokenizer, conversation: dict) -> Marked:
     """Writes a conversation out with the tokenizer's chat template and finds what the assistant says in it.
 
+    A token is the assistant's if the character that it begins with is inside of a generation block.
+    transformers' own mask, which TRL's `assistant_only_loss` uses, goes from the first token of the block's
+    first character to the first token of its last, so that it loses the rest of a character in several
+    tokens, and runs on to the end of the conversation where the last character has no token.
+
     Raises:
         ValueError: if the template refuses it, or its marks leave nothing to train on, or everything.
     """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
     place = f"{conversation.place}: " if getattr(conversation, "place", "") else ""
+    tools = conversation.get("tools")
+    messages = [
+        {key: value for key, value in message.items() if value is not None}
+        for message in conversation["messages"]
+    ]
     try:
-        encoded = tokenizer.apply_chat_template(
-            conversation["messages"],
-            tools=conversation.get("tools"),
-            tokenize=True,
-            return_dict=True,
+        (text,), (blocks,) = render_jinja_template(
+            conversations=[messages],
+            tools=tools,
+            chat_template=tokenizer.get_chat_template(None, tools),
             return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"return_offsets_mapping": True},
+            **tokenizer.special_tokens_map,
         )
     except Exception as error:  # jinja2's, which need not be imported here for its name
         if type(error).__module__.partition(".")[0] != "jinja2":
             raise
         raise ValueError(f"{place}the chat template refuses a conversation: {error}") from error
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, spans = encoded["input_ids"], [tuple(span) for span in encoded["offset_mapping"]]
-    trained = [bool(mask) for mask in encoded["assistant_masks"]]
-    missed = -sum(trained)
-    for i in range(1, len(ids)):
-        if trained[i - 1] and spans[i][0] < spans[i - 1][1]:
-            trained[i] = True
-    missed += sum(trained)
+    ends = [end for _, end in blocks]
+    trained = []
+    for start, _ in spans:
+        block = bisect_right(ends, start)
+        trained.append(block < len(blocks) and blocks[block][0] <= start)
     if not any(trained):
         if all(message.get("role") != "assistant" for message in conversation["messages"]):
             raise ValueError(
@@ -104,7 +114,7 @@ def mark_conversation(tokenizer, conversation: dict) -> Marked:
             f"{place}the chat template marks all of a conversation as the assistant's, what others say too: "
             "put its {% generation %} marks around the assistant's words alone"
         )
-    return Marked(ids, spans, trained, missed)
+    return Marked(text, ids, spans, trained)
 
 
 def encode_conversation(tokenizer, conversation: dict, max_length: int | None = None) -> Row:

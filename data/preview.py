@@ -32,7 +32,7 @@ class Shown:
         pieces: of the tokens that are kept.
         tokens, trained: how many are kept, and how many of them have a loss.
         whole: tokens before it was cut.
-        missed: trained tokens that transformers' own mask leaves out.
+        otherwise: tokens that transformers' own mask, which TRL's `assistant_only_loss` uses, has otherwise.
     """
 
     place: str
@@ -40,7 +40,7 @@ class Shown:
     tokens: int
     trained: int
     whole: int
-    missed: int
+    otherwise: int
 
     def counts(self) -> str:
         """One line."""
@@ -63,9 +63,12 @@ def show_conversation(tokenizer, conversation: dict, max_length: int | None = No
     """
     row = encode_conversation(tokenizer, conversation, max_length)
     marked = mark_conversation(tokenizer, conversation)
-    text = tokenizer.apply_chat_template(
-        conversation["messages"], tools=conversation.get("tools"), tokenize=False
-    )
+    theirs = tokenizer.apply_chat_template(
+        conversation["messages"],
+        tools=conversation.get("tools"),
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )["assistant_masks"]
     kept, special = len(row["input_ids"]), set(tokenizer.all_special_ids)
     pieces, first, written = [], 0, 0
     while first < kept:
@@ -75,10 +78,11 @@ def show_conversation(tokenizer, conversation: dict, max_length: int | None = No
             last += 1
         ids = tuple(marked.ids[first:last])
         # From where the piece before ended, so that what a tokenizer drops is shown too.
-        pieces.append(Piece(text[written:end], ids, marked.trained[first], ids[0] in special))
+        pieces.append(Piece(marked.text[written:end], ids, marked.trained[first], ids[0] in special))
         first, written = last, max(written, end)
     place = getattr(conversation, "place", "")
-    return Shown(place, tuple(pieces), kept, count_trained(row), len(marked.ids), marked.missed)
+    otherwise = sum(bool(one) != other for one, other in zip(theirs, marked.trained, strict=True))
+    return Shown(place, tuple(pieces), kept, count_trained(row), len(marked.ids), otherwise)
 
 
 def totals(shown: list[Shown]) -> str:
@@ -86,10 +90,10 @@ def totals(shown: list[Shown]) -> str:
     tokens, trained = sum(one.tokens for one in shown), sum(one.trained for one in shown)
     share = 100 * trained / tokens
     line = f"{len(shown)} conversations, {tokens:,} tokens, {trained:,} trained on ({share:.1f} %)"
-    if missed := sum(one.missed for one in shown):
+    if otherwise := sum(one.otherwise for one in shown):
         line += (
-            f"\n{missed} of them are missing from transformers' own mask, which TRL's assistant_only_loss "
-            "uses: of a character in several tokens that ends a generation block it has the first alone"
+            f"\ntransformers' own mask, which TRL's assistant_only_loss uses, has {otherwise} of these "
+            "tokens otherwise: of a character in several tokens that ends a generation block it has the first"
         )
     return line
 
@@ -208,7 +212,12 @@ def _token(piece: Piece, second: bool, ids: bool) -> str:
     )
     told = f' class="{classes}"' if classes else ""
     numbers = " ".join(map(str, piece.ids))
-    # The mark stands for a line break that follows it, or the break alone would be a token without a shade.
-    text = html.escape(piece.text).replace("\n", "<i class='n'>↵</i>\n")
-    below = f"<small>{numbers}</small>" if ids else ""
-    return f'<span{told} title="{numbers}">{text}{below}</span>'
+    # Without the mark, a break alone would be a token without a shade.
+    mark = '<i class="n">↵</i>'
+    text = html.escape(piece.text)
+    if not ids:
+        text = text.replace("\n", f"{mark}\n")
+        return f'<span{told} title="{numbers}">{text}</span>'
+    text = text.replace("\n", mark)
+    end = "\n" if "\n" in piece.text else ""
+    return f'<span{told} title="{numbers}">{text}<small>{numbers}</small></span>{end}'

@@ -66,6 +66,8 @@ def _files_of(path: Path, splits: tuple[str, ...]) -> list[Path]:
 def _read_files(files: list[Path]) -> Iterator[dict]:
     for file in files:
         for where, row in read_table(file):
+            if isinstance(row, list):
+                row = {"messages": row}  # nanochat's form of a conversation
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
             yield row

@@ -44,7 +44,7 @@ def require_column(column: str, columns: list[str], where: str) -> None:
 
 
 def _read_json(file: Path) -> Iterator[tuple[str, Any]]:
-    if _begins_as_array(file):
+    if _begins_as_array(file) and not _has_lists_of_messages(file):
         with open_bytes(file) as stream:
             content = stream.read().decode("utf-8-sig", "replace")
         rows = _parse(content, f"{file}, which begins as a JSON array")
@@ -62,6 +62,16 @@ def _begins_as_array(file: Path) -> bool:
             if beginning := block.removeprefix(b"\xef\xbb\xbf").lstrip():
                 return beginning.startswith(b"[")
     return False
+
+
+def _has_lists_of_messages(file: Path) -> bool:
+    """Whether the first line is a whole list of messages: nanochat's conversations, not an array of rows."""
+    first = next((line for _, line in read_lines(file) if line.strip()), "")
+    try:
+        messages = json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return bool(messages) and all(isinstance(message, dict) and "role" in message for message in messages)
 
 
 def _parse(text: str, where: str, offset: int | None = None) -> Any:

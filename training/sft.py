@@ -67,7 +67,9 @@ class SFTArguments(PostTrainingArguments):
 
     def __post_init__(self):
         if not self.data:
-            raise ValueError("--data is missing: a file or folder of conversations, or a Hub dataset")
+            raise ValueError(
+                "--data is missing: a file or folder of conversations, or a Hub dataset (or --preset)"
+            )
         if self.too_long not in TOO_LONG:
             raise ValueError(f"--too-long must be one of {', '.join(TOO_LONG)}, got {self.too_long!r}")
         if self.streaming and self.steps is None:

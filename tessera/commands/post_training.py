@@ -33,8 +33,12 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest go
 def sft(
     model: Model,
     data: Annotated[
-        str, typer.Option(help="Conversations: JSON lines, JSON, parquet, a folder, or a Hub dataset.")
-    ],
+        str | None,
+        typer.Option(help="Conversations: JSON lines, JSON, parquet, a folder, or a Hub dataset."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A known dataset instead of --data, such as smoltalk.")
+    ] = None,
     eval_data: EvalData = None,
     save_path: Annotated[str, typer.Option(help="Run directory.")] = "runs/sft",
     max_seq_len: MaxSeqLen = None,
@@ -46,6 +50,9 @@ def sft(
     packing: Annotated[
         bool, typer.Option(help="Several conversations in a row, none of which sees another.")
     ] = True,
+    too_long: Annotated[
+        str, typer.Option(help="Conversations of over --max-seq-len tokens: truncate, split or drop.")
+    ] = "truncate",
     gradient_checkpointing: Checkpointing = False,
     lora: Lora = False,
     lora_rank: LoraRank = 16,
@@ -61,7 +68,14 @@ def sft(
     resume: Resume = False,
 ) -> None:
     """Fine-tune on conversations, on the assistant's words only."""
-    _run("sft", {key: value for key, value in locals().items() if key != "resume"}, resume)
+    given = {key: value for key, value in locals().items() if key not in ("resume", "preset")}
+    if preset is not None:
+        from tessera.data.chat import preset_path
+
+        if data is not None:
+            raise ValueError("give either --data or --preset")
+        given["data"] = preset_path(preset)
+    _run("sft", given, resume)
 
 
 def dpo(
