@@ -51,7 +51,7 @@ chain: setup ## every stage, from text to a chat model loaded from a Hub (CHAIN_
 	$(PY) examples/full_chain.py $(CHAIN_ARGS)
 
 EXAMPLES := train_tokenizer prepare_data pretrain_small finetune_chat prefer_answers reinforce_arithmetic score_model \
-    convert_formats publish
+    convert_formats publish stream_dataset
 
 examples: setup ## the stages one by one, as short programs; what an earlier call left in runs/examples is replaced
 	rm -rf runs/examples

@@ -12,7 +12,7 @@ import pytest
 from helpers.chats import chat_tokenizer, conversations, turn, write_rows
 from local_hub import LocalHub
 
-from tessera.data.chat import load_conversations, to_conversation
+from tessera.data.chat import PRESETS, load_conversations, preset_path, to_conversation
 from tessera.data.chat_rows import IGNORED, check_template, encode_conversation
 from tessera.data.preview import mark_trained
 from tessera.tokenization import train_tokenizer
@@ -33,6 +33,9 @@ SHAPES = {
     "response": {"prompt": "2 + 2?", "response": "4"},
     "answer": {"prompt": "2 + 2?", "answer": "4"},
     "gsm8k": {"question": "2 + 2?", "answer": "4"},
+    "orca": {"question": "2 + 2?", "response": "4", "system_prompt": ""},
+    "query": {"query": "2 + 2?", "response": "4"},
+    "numina": {"problem": "2 + 2?", "solution": "4", "source": "x"},
     "alpaca without input": {"instruction": "2 + 2?", "input": "", "output": "4"},
     "dolly without context": {"instruction": "2 + 2?", "context": None, "response": "4"},
     "input": {"input": "2 + 2?", "output": "4", "license": "x"},
@@ -63,6 +66,33 @@ def test_thoughts_are_apart_from_the_answer():
         assert question == QUESTION and answer == expected
     asked = to_conversation({"prompt": "What is <think>a</think> b?", "completion": "A tag."})
     assert asked["messages"][0]["content"] == "What is <think>a</think> b?"
+
+
+def test_a_system_prompt_of_its_own_column_comes_first_and_once():
+    system = {"role": "system", "content": "S"}
+    pair = {"question": "2 + 2?", "response": "4", "system_prompt": "S"}
+    sharegpt = {"conversations": [{"from": "system", "value": "S"}, QUESTION, ANSWER], "system": "S"}
+    nulls = [{**message, "from": None, "value": None} for message in (QUESTION, ANSWER)]
+    shapes = (pair, sharegpt, {"conversations": nulls, "system": "S"})
+    for row in (*shapes, {"instruction": "2 + 2?", "output": "4", "system": "S"}):
+        assert to_conversation(row) == {"messages": [system, QUESTION, ANSWER]}
+
+
+def test_a_dash_in_the_place_of_the_question_is_no_question(tmp_path):
+    """OpenCodeReasoning's second configuration points to questions that are elsewhere."""
+    path = write_rows(tmp_path / "a.jsonl", [{"input": "-", "output": "x", "index": "3"}])
+    with pytest.raises(ValueError, match="row 1: the input is '-': this part of the dataset does not hold"):
+        list(load_conversations(path))
+
+
+def test_a_line_may_be_a_list_of_messages(tmp_path):
+    """nanochat's own form of conversations, one a line; an array of rows stays one."""
+    (tmp_path / "a.jsonl").write_text(json.dumps([QUESTION, ANSWER]) + "\n" + json.dumps([QUESTION, ANSWER]))
+    found = list(load_conversations(str(tmp_path / "a.jsonl")))
+    assert found == [{"messages": [QUESTION, ANSWER]}] * 2
+    assert [conversation.place for conversation in found] == [f"{tmp_path}/a.jsonl, row {i}" for i in (1, 2)]
+    (tmp_path / "b.json").write_text(json.dumps([{"messages": [QUESTION, ANSWER]}] * 2))
+    assert list(load_conversations(str(tmp_path / "b.json"))) == found
 
 
 def test_a_single_tool_call_becomes_a_list_of_them():
@@ -349,58 +379,89 @@ FROM_HUB = """
 import json, sys
 from pathlib import Path
 from huggingface_hub import HfApi
-from tessera.data.chat import load_conversations
-for path in sorted(Path(sys.argv[1]).glob("*/*")):
-    name = "/".join(path.parts[-2:])
-    HfApi().create_repo(name, repo_type="dataset")
-    HfApi().upload_folder(repo_id=name, repo_type="dataset", folder_path=path)
+from tessera.data.chat import PRESETS, load_conversations
+for preset, known in PRESETS.items():
+    HfApi().create_repo(known.path, repo_type="dataset")
+    HfApi().upload_folder(repo_id=known.path, repo_type="dataset", folder_path=Path(sys.argv[1]) / known.path)
     for streaming in (True, False):
-        print(json.dumps([name, streaming, list(load_conversations(name, streaming=streaming))]))
+        print(json.dumps([preset, streaming, list(load_conversations(preset, streaming=streaming))]))
 """
 
+SHAREGPT = [{"from": "user", "value": "2 + 2?"}, {"from": "assistant", "value": "4"}]
+# Configuration, split to train on, one that is not, and a row, as the real ones have them.
+LAYOUTS = {
+    "openthoughts": ("default", "train", None, {"system": "S", "conversations": SHAREGPT}),
+    "opencodereasoning": (
+        "split_0",
+        "split_0",
+        None,
+        {"id": "1", "input": "2 + 2?", "output": "<think>\nHm.\n</think>4", "source": "x", "license": "y"}
+        | {"dataset": "z", "split": "train", "difficulty": "1", "solution": "return 4"},
+    ),
+    "ultrachat": (
+        "default",
+        "train_sft",
+        "test_sft",
+        {"prompt": "2 + 2?", "prompt_id": "1", "messages": [QUESTION, ANSWER]},
+    ),
+    "smoltalk": ("all", "train", "test", {"messages": [QUESTION, ANSWER], "source": "x"}),
+    "tulu3": ("default", "train", None, {"id": "1", "messages": [QUESTION, ANSWER], "source": "x"}),
+    "no-robots": (
+        "default",
+        "train",
+        "test",
+        {"prompt": "2 + 2?", "prompt_id": "1", "messages": [QUESTION, ANSWER], "category": "x"},
+    ),
+    "openhermes": (
+        "default",
+        "train",
+        None,
+        {"system_prompt": None, "source": "x", "conversations": [{**m, "weight": None} for m in SHAREGPT]},
+    ),
+    "dolly": (
+        "default",
+        "train",
+        None,
+        {"instruction": "2 + 2?", "context": "", "response": "4", "category": "x"},
+    ),
+    "alpaca": ("default", "train", None, {"instruction": "2 + 2?", "input": "", "output": "4", "text": "x"}),
+    "gsm8k": ("main", "train", "test", {"question": "2 + 2?", "answer": "4"}),
+}
 
-def test_known_datasets_come_from_a_hub(tmp_path):
+
+def test_presets_come_from_a_hub_by_name(tmp_path):
     """The layouts of the real ones, over the real protocol, streamed and downloaded."""
-    folder = tmp_path / "datasets"
-    layouts = {
-        "nvidia/OpenCodeReasoning": (
-            "split_0",
-            "split_0",
-            {"input": "2 + 2?", "output": "<think>\nHm.\n</think>4"},
-        ),
-        "HuggingFaceTB/smoltalk": ("all", "train", {"messages": [QUESTION, ANSWER], "source": "x"}),
-        "HuggingFaceH4/ultrachat_200k": (
-            "default",
-            "train_sft",
-            {"prompt": "?", "messages": [QUESTION, ANSWER]},
-        ),
-        "open-thoughts/OpenThoughts-114k": (
-            "default",
-            "train",
-            {
-                "system": "S",
-                "conversations": [{"from": "user", "value": "2 + 2?"}, {"from": "assistant", "value": "4"}],
-            },
-        ),
-    }
-    for name, (config, split, row) in layouts.items():
-        (folder / name / config).mkdir(parents=True)
-        write_rows(folder / name / config / "rows.jsonl", [row, row])
-        files = [{"split": split, "path": f"{config}/*"}]
+    assert LAYOUTS.keys() == PRESETS.keys()
+    for preset, (config, split, other, row) in LAYOUTS.items():
+        folder = tmp_path / "datasets" / PRESETS[preset].path
+        (folder / config).mkdir(parents=True)
+        files = []
+        for name, count in ((split, 2), (other, 3)):
+            if name:
+                write_rows(folder / config / f"{name}.jsonl", [row] * count)
+                files.append({"split": name, "path": f"{config}/{name}.jsonl"})
         configs = json.dumps([{"config_name": config, "data_files": files}])
-        (folder / name / "README.md").write_text(f"---\nconfigs: {configs}\n---\n")
+        (folder / "README.md").write_text(f"---\nconfigs: {configs}\n---\n")
     with LocalHub(tmp_path / "hub") as hub:
         done = subprocess.run(
-            [sys.executable, "-c", FROM_HUB, str(folder)],
+            [sys.executable, "-c", FROM_HUB, str(tmp_path / "datasets")],
             env={**os.environ, **hub.environment, "OMP_NUM_THREADS": "1"},
             capture_output=True,
             encoding="utf-8",
         )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 8
-    for name, _, conversations_of_it in found:
-        *before, answer = conversations_of_it[0]["messages"]
-        assert len(conversations_of_it) == 2 and before[-1] == QUESTION and answer["content"] == "4"
-        assert len(before) == (2 if "Thoughts" in name else 1)
-        assert answer.get("reasoning_content") == ("Hm." if "Code" in name else None)
+    assert len(found) == 2 * len(PRESETS)
+    for preset, _, conversations_of_it in found:
+        answer = ANSWER | ({"reasoning_content": "Hm."} if preset == "opencodereasoning" else {})
+        system = [{"role": "system", "content": "S"}] if preset == "openthoughts" else []
+        assert conversations_of_it == [{"messages": [*system, QUESTION, answer]}] * 2, preset
+
+
+def test_a_file_goes_before_the_preset_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "alpaca").mkdir()
+    write_rows(tmp_path / "alpaca" / "a.jsonl", [{"prompt": "mine?", "completion": "yours"}])
+    assert list(load_conversations("alpaca")) == [{"messages": turn("mine?", "yours")}]
+    with pytest.raises(ValueError, match="there is no preset 'x'; there are openthoughts, "):
+        preset_path("x")
