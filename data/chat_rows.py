@@ -8,18 +8,20 @@ business. A row in which nothing, or everything, would be trained on never leave
 import random
 import re
 import sys
-from bisect import bisect_right, insort
+from bisect import bisect_right
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from .chat import Conversation, load_conversations
+from .packing import best_fit
 
 IGNORED = -100  # label of a token that is not trained on
 
 TOO_LONG = ("truncate", "split", "drop")
-BUFFER = 1000  # conversations that a stream is shuffled among, and that a row is filled from
+BUFFER = 1000  # conversations that a stream is shuffled among, and that are packed together
 ROWS_SHUFFLED = 64  # packed rows of a stream that are drawn from in random order
 
 Row = dict[str, list[int]]
@@ -238,11 +240,11 @@ class Packed:
 def pack_best_fit(
     rows: Iterable[Row], length: int, *, buffer: int | None = BUFFER, packed: Packed | None = None
 ) -> Iterator[Row]:
-    """Joins rows to longer ones, whole, none cut: best fit decreasing.
+    """Joins rows to longer ones, whole, none cut: best-fit decreasing, see `packing.best_fit`.
 
-    A row takes the longest of those that wait, then the longest that fits into what is left of it, until none
-    does. What comes out is what TRL's own packing gives: `seq_lengths` has the length of each part, from
-    which its padding-free collator makes positions that begin anew with each.
+    Of a stream, those that wait are packed together; the fullest half of what comes of it goes out, the rest
+    waits with those that come next. What comes out is what TRL's own packing gives: `seq_lengths` has the
+    length of each part, from which its padding-free collator makes positions that begin anew with each.
 
     Args:
         rows: of at most `length` tokens, as they come.
@@ -251,34 +253,44 @@ def pack_best_fit(
         packed: counts, brought up to date.
 
     Yields:
-        `input_ids`, `labels`, `seq_lengths`.
+        `input_ids`, `labels`, `seq_lengths`; the fullest first of those that are packed together.
 
     Raises:
         ValueError: for a row that is longer than `length`.
     """
     packed = Packed(length) if packed is None else packed
-    waiting: list[tuple[int, int, Row]] = []  # the shortest first, of the same length the newest first
-    source, number = iter(rows), 0
-    while True:
-        while (buffer is None or len(waiting) < buffer) and (row := next(source, None)) is not None:
-            if len(row["input_ids"]) > length:
-                raise ValueError(f"a row has {len(row['input_ids'])} tokens, more than the {length} of a row")
-            insort(waiting, (len(row["input_ids"]), -number, row))
-            number += 1
-        if not waiting:
-            return
-        joined: Row = {"input_ids": [], "labels": [], "seq_lengths": []}
-        room = length
-        while place := bisect_right(waiting, room, key=lambda entry: entry[0]):
-            size, _, row = waiting.pop(place - 1)
-            joined["input_ids"] += row["input_ids"]
-            joined["labels"] += row["labels"]
-            joined["seq_lengths"].append(size)
-            room -= size
-        packed.rows += 1
-        packed.conversations += len(joined["seq_lengths"])
-        packed.tokens += length - room
-        yield joined
+    source, waiting, count, more = iter(rows), defaultdict(deque), 0, True
+    while more or count:
+        while more and (buffer is None or count < buffer):
+            row = next(source, None)
+            if row is None:
+                more = False
+                break
+            size = len(row["input_ids"])
+            if size > length:
+                raise ValueError(f"a row has {size} tokens, more than the {length} of a row")
+            waiting[size].append(row)
+            count += 1
+        counts = {size: len(waiting[size]) for size in sorted(waiting, reverse=True) if waiting[size]}
+        groups = best_fit(counts, length)
+        groups.sort(key=lambda group: -sum(size * each for size, each in group[1]))
+        keep = count // 2 if more else 0
+        for copies, contents in groups:
+            for _ in range(copies):
+                if count <= keep:
+                    break
+                parts = [waiting[size].popleft() for size, each in contents for _ in range(each)]
+                count -= len(parts)
+                yield _join(parts, packed)
+
+
+def _join(parts: list[Row], packed: Packed) -> Row:
+    sizes = [len(part["input_ids"]) for part in parts]
+    packed.rows += 1
+    packed.conversations += len(parts)
+    packed.tokens += sum(sizes)
+    ids, labels = ([i for part in parts for i in part[key]] for key in ("input_ids", "labels"))
+    return {"input_ids": ids, "labels": labels, "seq_lengths": sizes}
 
 
 def add_positions(row: Row, length: int | None = None, padding: int = 0) -> Row:
@@ -363,7 +375,7 @@ def load_rows(
         too_long: see `RowEncoder`.
         streaming: read, encode and pack as rows are asked for, shuffled in a buffer.
         seed: of the order in which a stream is read.
-        buffer: conversations that a packed row is filled from; default: all, of a stream `BUFFER`.
+        buffer: conversations that are packed together; default: all, of a stream `BUFFER`.
         say: what is told the counts, of a stream nothing; default: prints to stderr.
 
     Returns:

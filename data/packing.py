@@ -164,7 +164,7 @@ def _pack(starts: np.ndarray, sizes: np.ndarray, length: int, last: bool) -> tup
     order = np.argsort(-sizes, kind="stable")
     starts, sizes = starts[order], sizes[order]
     lengths, first, counts = np.unique(-sizes, return_index=True, return_counts=True)
-    groups = _best_fit(dict(zip((-lengths).tolist(), counts.tolist(), strict=True)), length)
+    groups = best_fit(dict(zip((-lengths).tolist(), counts.tolist(), strict=True)), length)
 
     next_of = dict(zip((-lengths).tolist(), first.tolist(), strict=True))
     taken, rows_sizes = [], []
@@ -183,11 +183,11 @@ def _pack(starts: np.ndarray, sizes: np.ndarray, length: int, last: bool) -> tup
     return _pour(starts, sizes, counts, length, last)
 
 
-def _best_fit(counts: dict[int, int], length: int) -> list[tuple[int, list[tuple[int, int]]]]:
+def best_fit(counts: dict[int, int], length: int) -> list[tuple[int, list[tuple[int, int]]]]:
     """Best-fit decreasing on numbers of pieces of each length.
 
     Args:
-        counts: length of a piece (less than `length`) to how many there are, longest first.
+        counts: length of a piece (at most `length`) to how many there are, longest first.
         length: of a row.
 
     Returns:
