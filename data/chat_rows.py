@@ -66,10 +66,10 @@ class Marked:
 def mark_conversation(tokenizer, conversation: dict) -> Marked:
     """Writes a conversation out with the tokenizer's chat template and finds what the assistant says in it.
 
-    A token is the assistant's if the character that it begins with is inside of a generation block.
-    transformers' own mask, which TRL's `assistant_only_loss` uses, goes from the first token of the block's
-    first character to the first token of its last, so that it loses the rest of a character in several
-    tokens, and runs on to the end of the conversation where the last character has no token.
+    A token is the assistant's if a character of it is inside of a generation block. transformers' own
+    mask, which TRL's `assistant_only_loss` uses, goes from the first token of the block's first character
+    to the first token of its last, so that it loses the rest of a character in several tokens, and runs
+    on to the end of the conversation where the last character has no token.
 
     Raises:
         ValueError: if the template refuses it, or its marks leave nothing to train on, or everything.
@@ -96,11 +96,11 @@ def mark_conversation(tokenizer, conversation: dict) -> Marked:
         raise ValueError(f"{place}the chat template refuses a conversation: {error}") from error
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, spans = encoded["input_ids"], [tuple(span) for span in encoded["offset_mapping"]]
-    ends = [end for _, end in blocks]
-    trained = []
-    for start, _ in spans:
+    blocks = [block for block in blocks if block[0] < block[1]]
+    ends, trained = [end for _, end in blocks], []
+    for start, end in spans:
         block = bisect_right(ends, start)
-        trained.append(block < len(blocks) and blocks[block][0] <= start)
+        trained.append(block < len(blocks) and blocks[block][0] < max(end, start + 1))
     if not any(trained):
         if all(message.get("role") != "assistant" for message in conversation["messages"]):
             raise ValueError(

@@ -89,6 +89,19 @@ def test_blocks_that_end_in_half_a_character_or_in_nothing_are_marked_to_the_cha
             assert bare.decode([i for i, trained in pairs if trained]) == answer
 
 
+def test_a_token_that_the_assistant_begins_within_is_the_assistants():
+    """As transformers has it: the space of ` blue` stands before the block."""
+    loose = with_template(
+        "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+        "{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    )
+    chat = turn("Which colour?", "blue")
+    marked = mark_conversation(loose, {"messages": chat})
+    theirs = loose.apply_chat_template(chat, return_dict=True, return_assistant_tokens_mask=True)
+    assert marked.trained == [bool(mask) for mask in theirs["assistant_masks"]]
+    assert loose.decode([i for i, t in zip(marked.ids, marked.trained, strict=True) if t]) == " blue"
+
+
 # ---- too long ----
 
 

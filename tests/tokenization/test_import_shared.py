@@ -72,6 +72,34 @@ def require_equal(tokenizer, encode, texts: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", SPECIAL_IDS)
+def test_a_conversation_has_the_ids_of_tiktoken_between_its_special_tokens(name, monkeypatch):
+    tokenizer = import_tokenizer(RANKS / f"{name}.tiktoken")
+    reference = reference_of(name, RANKS / f"{name}.tiktoken", monkeypatch)
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    think, thought = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    # The tokens of the chat format are not in tiktoken's, so that each text is encoded alone.
+    turns = [
+        [start, "system\nBe brief.", end],
+        [start, "user\n 12345 naïve 東京?\n", end, "\n", start, "assistant\n"],
+    ]
+    answer = [think, "\nHm 🦊.\n", thought, "\nIt's 東 🦊", end]
+
+    def ids(pieces: list) -> list[int]:
+        encoded = [[p] if isinstance(p, int) else reference.encode_ordinary(p) for p in pieces]
+        return [i for piece in encoded for i in piece]
+
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": " 12345 naïve 東京?\n"},
+        {"role": "assistant", "content": "It's 東 🦊", "reasoning_content": "Hm 🦊."},
+    ]
+    given = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    prompt, said = ids([*turns[0], "\n", *turns[1]]), ids(answer)
+    assert given["input_ids"] == prompt + said + reference.encode_ordinary("\n")
+    assert given["assistant_masks"] == [0] * len(prompt) + [1] * len(said) + [0]
+
+
+@pytest.mark.parametrize("name", SPECIAL_IDS)
 def test_ids_of_tiktoken(name, tmp_path, monkeypatch, texts, real_text):
     path = RANKS / f"{name}.tiktoken"
     import_tokenizer(path, output=tmp_path / name)

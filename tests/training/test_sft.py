@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,54 @@ def test_both_ways_of_batching_train_on_the_same_tokens(packing, tmp_path, monke
     assert sorted(inputs["labels"][inputs["labels"] != -100].tolist()) == sorted(expected)
     assert (len(inputs["input_ids"]) < 8) == packing
     assert inputs["input_ids"].shape[1] <= 256
+
+
+@pytest.mark.parametrize(("too_long", "left"), [("truncate", 1), ("split", 4), ("drop", 0)])
+def test_long_conversations_train_as_asked_and_it_is_told(too_long, left, tmp_path, monkeypatch, capsys):
+    """Of a conversation of four rows, its first, all, or nothing; beside short ones that always count."""
+    short, long = turn("Who?", "Ada."), turn("What?", "Yes, snow is white. " * 60)
+    data = write_rows(tmp_path / "rows.jsonl", [{"messages": short}, {"messages": long}])
+    eval_data = write_rows(tmp_path / "eval.jsonl", [{"messages": short}])
+    base = chat_model(tmp_path / "base")
+    size = len(chat_tokenizer().apply_chat_template(long)["input_ids"])
+    length = -(-size // 4)
+    given = {"data": data, "eval_data": eval_data, "max_seq_len": length, "too_long": too_long}
+    trainer, _ = capture(monkeypatch, arguments(tmp_path, base, **given))
+    sizes = sorted(size for row in trainer.train_dataset for size in row["seq_lengths"])
+    assert len(sizes) == 1 + left and sum(sizes) == sizes[0] + {0: 0, 1: length, 4: size}[left]
+    told = capsys.readouterr().out
+    done = {"truncate": "cut", "split": "split", "drop": "left out"}[too_long]
+    assert f"1 conversations of over {length} tokens {done}" in told
+    assert re.search(rf"packed into \d rows of {length} tokens, \d+\.\d\d % full", told)
+
+
+def test_a_conversation_without_a_mask_ends_the_run_with_its_row(tmp_path):
+    """A template that marks text alone: what calls a tool would be read and never learnt."""
+    base = chat_model(tmp_path / "base")
+    marked = (Path(base) / "chat_template.jinja").read_text()
+    text_alone = "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' and m.content %}"
+    text_alone += "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}\n{% endfor %}"
+    (Path(base) / "chat_template.jinja").write_text(text_alone)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    rows = [{"messages": turn("a", "b")}, {"messages": [{"role": "user", "content": "c"}, call]}]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    eval_data = write_rows(tmp_path / "eval.jsonl", rows[:1])
+    assert "generation" in marked
+    with pytest.raises(ValueError, match="rows.jsonl, row 2: the chat template marks nothing of a convers"):
+        sft(arguments(tmp_path, base, data=data, eval_data=eval_data))
+
+
+def test_a_preset_stands_in_the_place_of_data(tmp_path, monkeypatch, capsys):
+    from tessera import cli
+
+    given = []
+    monkeypatch.setattr(module, "sft", lambda args, resume: given.append(args) or exit(0))
+    for words in (["--preset", "openthoughts"], ["--preset", "x"], ["--preset", "alpaca", "--data", "y"]):
+        with pytest.raises(SystemExit):
+            cli.run(["sft", "--model", "m", "--save-path", str(tmp_path / "run"), *words])
+    assert [args.data for args in given] == ["open-thoughts/OpenThoughts-114k"]
+    told = capsys.readouterr().err
+    assert "there is no preset 'x'" in told and "give either --data or --preset" in told
 
 
 # ---- adapters ----
@@ -353,6 +402,7 @@ def test_two_processes_train_as_one(tmp_path):
         ({"max_seq_len": 300}, "--max-seq-len 300 is longer than the model's context of 256"),
         ({"max_seq_len": 4}, "has an answer within --max-seq-len 4 tokens"),
         ({"batch_size": 3, "accumulation": 2}, "--batch-size 3 does not divide into 2 micro-batches"),
+        ({"too_long": "x"}, "--too-long must be one of truncate, split, drop, got 'x'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"learning_rate": -1.0}, "learning_rate must be positive, got -1.0"),
         ({"epochs": 1, "steps": 3}, "give epochs or steps, not both"),
