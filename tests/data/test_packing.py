@@ -107,7 +107,7 @@ def test_counting_gives_the_rows_of_best_fit_piece_by_piece(seed):
     length = int(generator.integers(10, 60))
     sizes = generator.integers(1, length, 300).tolist()
     counts = {size: sizes.count(size) for size in sorted(set(sizes), reverse=True)}
-    packed = packing._best_fit(counts, length)
+    packed = packing.best_fit(counts, length)
     ours = [
         sorted(size for size, each in row for _ in range(each)) for count, row in packed for _ in range(count)
     ]
