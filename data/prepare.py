@@ -138,8 +138,8 @@ def prepare(
                 if tokenizer:
                     given.rename(folder / "tokenizer")
             else:
-                _require_same(mark["arguments"], arguments, partial)
                 shutil.rmtree(given, ignore_errors=True)
+                _require_same(mark["arguments"], arguments, partial)
                 read = sum(stream["read"] for stream in mark["streams"])
                 print(f"going on after {read:,} documents, from {partial}", file=sys.stderr, flush=True)
             encoder = build_encoder(folder / "tokenizer" if tokenizer else None, filters, partial)

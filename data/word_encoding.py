@@ -98,10 +98,10 @@ class WordEncoder:
         else:
             codes = np.frombuffer(data.decode("utf-8").encode("utf-32-le"), dtype="<u4")
             classes = self._classes[codes]
-            num_bytes = np.ones(len(codes), dtype=np.int64)
+            num_bytes = np.ones(len(codes), dtype=np.uint8)
             for first in (0x80, 0x800, 0x10000):
                 num_bytes += codes >= first
-            offsets = np.cumsum(num_bytes) - num_bytes  # in bytes, of each character
+            offsets = np.cumsum(num_bytes, dtype=np.int64) - num_bytes  # in bytes, of each character
             classes[np.searchsorted(offsets, between)] = BOUNDARY
         starts = starts_of_words(codes, classes, self._pattern)
         if offsets is not None:

@@ -15,7 +15,7 @@ import numpy as np
 LONGEST = 15  # bytes of a word that fits its key
 PADDING = bytes(16)  # what must follow a text, since keys are read 16 bytes at a time
 # Slots, a power of two: 24 bytes each. Up to half of them are filled, and twice as many ids kept.
-SLOTS = 2**19
+SLOTS = 2**20
 MOST_LONG = 2**16  # longer words that are remembered
 _PROBES = 32  # a key that is in none of so many slots from its own on is not there
 _FACTORS = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F)  # odd, with bits all over

@@ -120,6 +120,25 @@ def download(
 
 
 @app.command()
+def upload(
+    folder: Annotated[str, typer.Argument(help="What prepare or download wrote.")],
+    repo: Annotated[str, typer.Argument(help="Dataset repository on the Hub: owner/name.")],
+    private: Annotated[bool, typer.Option("--private", help="A new repository is private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch; default: the main one.")] = None,
+    dry_run: Annotated[
+        str | None, typer.Option(help="Directory to put what would be sent in, instead of sending it.")
+    ] = None,
+) -> None:
+    """Send tokens to the Hub, with a card; every file is checked before."""
+    silence_transformers()
+    from tessera.data.upload import upload as run
+
+    typer.echo(run(folder, repo, private=private, revision=revision, dry_run=dry_run))
+    if dry_run is None:
+        typer.echo(f"next: tessera data download {repo} --output tokens")
+
+
+@app.command()
 def inspect(
     folder: Annotated[str, typer.Argument(help="What prepare or download wrote.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read and hash every file.")] = False,

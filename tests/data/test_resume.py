@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import resource
 import signal
 import sys
 import time
@@ -130,6 +132,91 @@ def check_kills(given: dict, folder: Path, kills: int, seed: int) -> None:
 @pytest.mark.parametrize("case", ["mixture", "bytes, draw leaves none", "text of its own"])
 def test_killed_at_random_moments_it_writes_what_an_undisturbed_run_does(cases, tmp_path, case):
     check_kills(cases[case], tmp_path, 3, seed=1)
+
+
+@pytest.fixture
+def begun(cases, tmp_path):
+    """A call that was killed in the middle, and its arguments."""
+    given, mark = cases["mixture"], tmp_path / "out.partial" / "progress.json"
+    process = in_a_process(lambda: prepare(output=tmp_path / "out", **given))
+    while not mark.exists():
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    return given, tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        ({"tokens": 20_000}, r"another value of tokens \(tokens: 30000, now 20000\)"),
+        ({"seed": 1}, "another value of seed"),
+        ({"filters": Filters(("duplicate",), 31)}, "another value of filters"),
+        ({"tokenizer": None}, "another value of tokenizer"),
+    ],
+)
+def test_other_arguments_are_refused_unless_begun_anew(begun, other, sentence):
+    given, output = begun
+    before = content(output.with_name("out.partial"))
+    with pytest.raises(ValueError, match=sentence + ".* or begin anew with --restart"):
+        prepare(output=output, **{**given, **other})
+    assert content(output.with_name("out.partial")) == before
+    meta = prepare(output=output, restart=True, **{**given, **other})
+    prepare(output=output.with_name("whole"), **{**given, **other})
+    assert content(output) == content(output.with_name("whole")) and meta["seed"] == other.get("seed", 0)
+
+
+def test_a_source_that_changed_meanwhile_is_refused(begun):
+    given, output = begun
+    path = Path(given["sources"][1].source)
+    stat = path.stat()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    try:
+        with pytest.raises(ValueError, match=r"b\.jsonl has changed since .* was begun"):
+            prepare(output=output, **given)
+    finally:
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    prepare(output=output, **given)
+
+
+def test_files_that_were_cut_meanwhile_are_refused(begun):
+    given, output = begun
+    path = output.with_name("out.partial") / "tokens" / "train.bin"
+    path.write_bytes(path.read_bytes()[:10])
+    with pytest.raises(ValueError, match=r"train\.bin has 10 bytes, but [\d,]+ were written before"):
+        prepare(output=output, **given)
+
+
+def test_two_calls_at_once_are_refused(cases, tmp_path):
+    import fcntl
+
+    (tmp_path / "out.partial").mkdir()
+    with (tmp_path / "out.partial" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process is writing"):
+            prepare(output=tmp_path / "out", **cases["mixture"])
+
+
+def test_a_full_disk_is_a_sentence_and_what_was_written_is_gone_on_from(cases, tmp_path):
+    given = cases["mixture"]
+    prepare(output=tmp_path / "whole", **given)
+    size = (tmp_path / "whole" / "train.bin").stat().st_size
+
+    def with_little_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+        try:
+            prepare(output=tmp_path / "out", **given)
+        except ValueError as error:
+            (tmp_path / "sentence").write_text(str(error))
+
+    in_a_process(with_little_room).join()
+    sentence = (tmp_path / "sentence").read_text()
+    assert re.search(
+        r"\w+\.bin cannot be written beyond byte [\d,]+: File too large; what was written", sentence
+    )
+    assert (tmp_path / "out.partial" / "progress.json").exists()
+    prepare(output=tmp_path / "out", **given)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 @pytest.mark.slow
