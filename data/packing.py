@@ -12,6 +12,7 @@ tokens to be predicted: each token of the corpus is one exactly once. What a row
 `training_rows.py`.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -105,16 +106,18 @@ def write_plan(bounds: np.ndarray, length: int, folder: Path, window: int = WIND
             raise ValueError("there are no tokens to make rows of")
         notes = {"rule": RULE, "length": length, "rows": rows, "pieces": pieces, "targets": targets}
         (aside / "plan.json").write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
-        if read_plan(folder) is None:
+        if folder.exists() and read_plan(folder) is None:
             shutil.rmtree(folder, ignore_errors=True)
-            try:
+        if not folder.exists():
+            # Another process may be faster, and has written the same.
+            with contextlib.suppress(OSError):
                 aside.rename(folder)
-            except OSError:
-                if read_plan(folder) is None:
-                    raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return read_plan(folder)
+    plan = read_plan(folder)
+    if plan is None:
+        raise OSError(f"{folder} cannot be written")
+    return plan
 
 
 def read_plan(folder: Path) -> Plan | None:

@@ -8,9 +8,8 @@ first one is taken from the end of the first document. (A corpus of one document
 read and never predicted.)
 
 Isolated, position ids restart at the separator that a document begins with, so that the model sees nothing
-of what lies before it in the row. What is to be predicted is the same either way, and never the beginning of
-one document after another's end alone. What belongs here: what is in a row, and the sequence of all rows of a
-run.
+of what lies before it in the row. What is to be predicted is the same either way. What belongs here: what is
+in a row, and the sequence of all rows of a run.
 """
 
 import hashlib
