@@ -33,6 +33,7 @@ SEPARATOR = b"\xff"
 # half when none is left above it. Those below it, nearly all, never cost more than their place in an array.
 _FIRST_BAR = 1 / 16
 _NUM_BYTES = 256
+SECONDS_BETWEEN_REPORTS = 5.0
 
 
 def train_merges(
@@ -61,7 +62,7 @@ def train_merges(
     merging = _Merging(words, counts, byte_ids, _NUM_BYTES + num_merges, min_count)
     reported = time.monotonic()
     while len(merging.merges) < num_merges and merging.merge_next():
-        if report is not None and len(merging.merges) % 64 == 0 and time.monotonic() - reported > 1:
+        if report is not None and time.monotonic() - reported >= SECONDS_BETWEEN_REPORTS:
             report(len(merging.merges))
             reported = time.monotonic()
     return merging.merges

@@ -148,8 +148,8 @@ class _Reader:
         if words.dropped:
             self.dropped = {"number": words.dropped, "seen_at_most": words.dropped_count}
             self.report(
-                f"without {words.dropped} others that are there {words.dropped_count} times or less: they do "
-                "not fit into memory"
+                f"{words.dropped} more are left out, for which there is no memory; each was seen "
+                f"{words.dropped_count} times at most"
             )
         return words
 

@@ -1,19 +1,25 @@
 """Trained tokenizers against SentencePiece, tiktoken and the text itself; what is on disk; refusals."""
 
 import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import sentencepiece
 import tiktoken
+from tokenizers import pre_tokenizers, trainers
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from tessera import cli
 from tessera.tokenization import SPECIAL_TOKENS, save_tokenizer, train_tokenizer
+from tessera.tokenization.byte_level import byte_level_backend
+from tessera.tokenization.sentencepiece_models import read_model
+from tessera.tokenization.word_counts import count_words
 
 # cl100k_base's, as tiktoken has it: the possessive form of the pattern that is trained with
 TIKTOKEN_PATTERN = (
@@ -102,6 +108,57 @@ def test_training_again_gives_the_same_tokenizer(tmp_path, trained, kind, corpus
     train_tokenizer(iter(corpus), kind=kind, vocab_size=size, output=tmp_path / "again")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "again" / name).read_bytes() == (trained[kind] / name).read_bytes()
+
+
+def test_bpe_is_what_the_trainer_of_tokenizers_makes_of_the_text(corpus):
+    texts = corpus[:20]  # too few pieces to hold any out
+    tokenizer = train_tokenizer(texts, vocab_size=SIZE).backend_tokenizer
+    expected = byte_level_backend({}, [])
+    trainer = trainers.BpeTrainer(
+        vocab_size=SIZE - len(SPECIAL_TOKENS),
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    expected.train_from_iterator(texts, trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    assert model == json.loads(expected.to_str())["model"]
+
+
+def test_sentencepiece_finds_in_words_what_it_finds_in_the_text(monkeypatch, corpus):
+    # without tabs and carriage returns: it leaves out lines that have the one, and the other at their ends
+    texts = [
+        text.replace("\t", " ").replace("\r", "") + "a <|im_end|>b x<s>y, 12-b  naïve–ü!"
+        for text in corpus[:20]
+    ]
+    train = sentencepiece.SentencePieceTrainer.train
+    models = []
+
+    def train_twice(sentence_iterator, model_writer, input_format, **options):
+        train(sentence_iterator=sentence_iterator, model_writer=model_writer, input_format="tsv", **options)
+        models.append(model_writer.getvalue())
+        model = io.BytesIO()
+        lines = (line for text in texts for line in text.split("\n") if line)
+        train(sentence_iterator=lines, model_writer=model, **options)
+        models.append(model.getvalue())
+
+    monkeypatch.setattr(sentencepiece.SentencePieceTrainer, "train", train_twice)
+    train_tokenizer(texts, kind="sentencepiece", vocab_size=SIZE)
+    ours, theirs = (read_model(model, "").pieces for model in models)
+    assert ours == theirs and len(ours) == SIZE
+
+
+def test_words_that_are_left_out_for_want_of_memory_are_reported(monkeypatch, tmp_path, corpus):
+    monkeypatch.setattr("tessera.tokenization.train.count_words", partial(count_words, memory=300_000))
+    lines: list[str] = []
+    train_tokenizer(corpus, vocab_size=400, output=tmp_path / "out", report=lines.append)
+    meta = json.loads((tmp_path / "out" / "tokenizer_meta.json").read_text())
+    assert meta["words"] > 300 and meta["words_dropped"]["number"] > 300
+    sentence = (
+        f"{meta['words_dropped']['number']} more are left out, for which there is no memory; each was seen "
+        f"{meta['words_dropped']['seen_at_most']} times at most"
+    )
+    assert sentence in lines
 
 
 # ---- special tokens ----
