@@ -92,6 +92,8 @@ class EncodingPass:
         self.examples.load(mark["examples"] if mark else [])
         # Whether validation has text of its own.
         self.held_out: bool = mark["held_out"] if mark else False
+        # How validation is chosen, for the account.
+        self.drawn_by: str = mark["drawn_by"] if mark else "hash"
         # The first documents wait until it is known whether there are many; no mark is made before.
         self._waiting: list[tuple[Stream, list[str], EncodedBatch, np.ndarray]] | None = None if mark else []
         # Last documents of training: source, and bytes of the text.
@@ -110,7 +112,7 @@ class EncodingPass:
 
     def hold_out(self, sources: list[str], like: Source) -> None:
         """Takes text of its own for validation."""
-        self.held_out, self._waiting = True, None
+        self.held_out, self._waiting, self.drawn_by = True, None, "text of its own"
         where = {"column": like.column, "split": like.split, "name": like.name}
         batch: list[str] = []
         for source in sources:
@@ -158,6 +160,7 @@ class EncodingPass:
                 "lines_dropped": dict(self.lines_dropped),
                 "examples": self.examples.rows,
                 "held_out": self.held_out,
+                "drawn_by": self.drawn_by,
                 "recent": list(self._recent),
                 "last": self._last,
                 "done": self._done,
@@ -310,6 +313,7 @@ class EncodingPass:
         count = min(wanted, len(self._recent), train.documents - 1)
         if count < 1:
             return
+        self.drawn_by = "last documents"
         moved = [self._recent.pop() for _ in range(count)][::-1]
         sizes = [size for _, size in moved]
         val.add(*train.take_back(sizes), sum(sizes))
@@ -319,6 +323,7 @@ class EncodingPass:
 
     def _hold_out_tail(self) -> None:
         """Of few documents: the last bytes, which may cut one in two."""
+        self.drawn_by = "end of the text"
         documents = [
             (stream, result.changed.get(i, texts[i]))
             for stream, texts, result, kept in self._waiting

@@ -33,7 +33,7 @@ from .mixing import BATCH, Source, open_streams
 from .token_files import FORMAT, META, SPLITS
 
 # Of what a call leaves for a later one; another number is not gone on from.
-JOURNAL_FORMAT = 1
+JOURNAL_FORMAT = 2
 
 # What `AutoTokenizer` reads, and what the tokenizer room writes beside it.
 TOKENIZER_FILES = (
@@ -176,6 +176,7 @@ def prepare(
                 },
                 "val_fraction": arguments["val_fraction"],
                 "val_data": arguments["val_data"],
+                "val_drawn_by": job.drawn_by,
                 "token_budget": tokens,
                 "seed": seed,
             }

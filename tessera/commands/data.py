@@ -150,6 +150,8 @@ def inspect(
 
     data = open_prepared(folder, verify=verify)
     _show(data.meta)
+    if verify and data.meta.get("sha256"):
+        typer.echo("\nevery file is the one that was written (sha256)")
     for split in ("train", "val"):
         typer.echo(f"\n{split} begins:\n{decode_start(data, split, characters)}")
 
@@ -218,6 +220,10 @@ def _show(meta: dict) -> None:
         total = sum(source["read"] for source in meta["sources"])
         rows = [("dropped", "documents", "share")]
         _table(rows + [(name, f"{n:,}", f"{100 * n / total:.2f} %") for name, n in dropped.items()])
+    if lines := (meta.get("filters") or {}).get("lines_dropped"):
+        _table([("lines dropped", "lines"), *((name, f"{n:,}") for name, n in lines.items())])
+    if drawn_by := meta.get("val_drawn_by"):
+        typer.echo(f"\nheld out by: {drawn_by}")
 
 
 def _show_dropped(folder: str) -> None:

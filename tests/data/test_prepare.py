@@ -399,6 +399,30 @@ def test_where_the_draw_holds_nothing_out_the_last_documents_are(tmp_path, bpe, 
     assert meta["sources"][0]["tokens"] == meta["train"]["tokens"] + meta["val"]["tokens"]
 
 
+@pytest.mark.parametrize("count", [MANY_DOCUMENTS, 60, 300])
+def test_more_documents_before_among_and_after_move_none_between_the_splits(tmp_path, count):
+    """From twenty on, and where the draw holds out some: those of before stay where they were."""
+    first, others = documents(count, 7), documents(200, 8)
+    draw = random.Random(0)
+    splits = []
+    for name, texts in (("a", first), ("b", draw.sample([*first, *others], count + 200))):
+        meta = prepare([Source(write(tmp_path / f"{name}.jsonl", texts))], tmp_path / name, val_fraction=0.2)
+        assert meta["val_drawn_by"] == "hash"
+        ids = {split: read_back(tmp_path / name, split) for split in ("train", "val")}
+        splits.append({split: {bytes(row).strip() for row in rows} for split, rows in ids.items()})
+    for split in ("train", "val"):
+        assert splits[0][split] and splits[0][split] < splits[1][split]
+
+
+def test_few_documents_are_said_to_move(tmp_path):
+    drawn = {}
+    for name, texts in (("few", documents(5)), ("many", documents(300))):
+        source = Source(write(tmp_path / f"{name}.jsonl", texts))
+        drawn[name] = prepare([source], tmp_path / name, val_fraction=1e-9 if name == "many" else 0.2)
+    assert drawn["few"]["val_drawn_by"] == "end of the text"
+    assert drawn["many"]["val_drawn_by"] == "last documents"
+
+
 def test_text_of_its_own_for_validation_is_taken_whole_and_never_trained_on(tmp_path):
     texts = documents(100)
     texts.append(texts[3])  # nobody asked for duplicates to go
