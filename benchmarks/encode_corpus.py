@@ -4,10 +4,10 @@
 
 The text holds documents with lines `<|endoftext|>` between them. All take the same documents through the same
 BPE on the same number of cores, and end with uint16 or uint32 ids in a file; tiktoken is given the merges of
-the tokenizer, which has to split as GPT-4's does. Peers are given their documents from memory; ours reads,
-splits, hashes and writes as it always does, and each of its processes learns its words anew. Each runs in a
-process of its own, whose peak memory is that of it and of its largest child. Loading the tokenizer is timed,
-imports are not; ours has those of its processes on top.
+the tokenizer, which has to split as GPT-4's does. Peers read the whole text at once and cut it at the lines;
+ours reads, hashes, splits and writes as it always does, and each of its processes learns its words anew. Each
+runs in a process of its own, whose peak memory is that of it and of its largest child. Loading the tokenizer
+is timed, imports are not; ours has those of its processes on top.
 """
 
 import argparse
@@ -68,16 +68,16 @@ def run(args: argparse.Namespace) -> dict:
         if args.way == "tessera":
             seconds, tokens = prepare_it(args, Path(folder) / "out")
         else:
-            text = Path(args.text).read_text(encoding="utf-8")
-            documents = [part.strip("\r\n") for part in text.split("<|endoftext|>\n")]
-            documents = [document for document in documents if document]
-            del text
             import tiktoken  # noqa: F401
             import tokenizers  # noqa: F401
 
             import tessera.tokenization.byte_level  # noqa: F401, so that imports are not what is timed
 
             start = time.perf_counter()
+            text = Path(args.text).read_text(encoding="utf-8")
+            documents = [part.strip("\r\n") for part in text.split("<|endoftext|>\n")]
+            documents = [document for document in documents if document]
+            del text
             encode = tiktoken_encoder(args) if args.way == "tiktoken" else tokenizers_encoder(args)
             tokens = 0
             with (Path(folder) / "train.bin").open("wb") as file:

@@ -18,8 +18,10 @@ TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".csv", ".tsv", ".html", ".tex", 
 ROW_SUFFIXES = {".jsonl", ".json", ".parquet", ".arrow"}
 COMPRESSIONS = {".gz", ".xz", ".zst"}
 UNREAD = {".bz2", ".zip"}  # what text also comes in
-# The most bytes of a line that are read at once.
+# The most bytes of a line that are read at once, or one block more.
 PIECE = 2**20
+_BLOCK = 2**16
+_MARK = b"\xef\xbb\xbf"  # of the byte order
 # zstd --long=31, as large dumps are packed, needs so much to be looked back at.
 _LONGEST_WINDOW = 2**31
 
@@ -165,14 +167,32 @@ class Decoding:
             )
 
 
-def read_lines(file: Path, longest: int | None = None) -> Iterator[tuple[int, str]]:
+def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     """Lines of a file with their ends as they are, and the bytes before each.
 
     A byte order mark at the beginning is no text. What is not UTF-8 is announced once all is read.
 
+    Raises:
+        ValueError: if the file cannot be unpacked.
+    """
+    decoding, offset = Decoding(file), 0
+    with open_bytes(file) as stream:
+        try:
+            while line := stream.readline():
+                if offset == 0 and line.startswith(_MARK):
+                    offset, line = len(_MARK), line[len(_MARK) :]
+                yield offset, decoding.decode(line, offset)
+                offset += len(line)
+        finally:
+            decoding.announce()
+
+
+def read_blocks(file: Path, longest: int) -> Iterator[str]:
+    """Whole lines of a file, many at a time; otherwise as `read_lines`.
+
     Args:
         file: any, packed or not.
-        longest: cut lines after so many bytes, four or more, at the end of a character.
+        longest: bytes after which a line is cut, at the end of a character.
 
     Raises:
         ValueError: if the file cannot be unpacked.
@@ -180,18 +200,21 @@ def read_lines(file: Path, longest: int | None = None) -> Iterator[tuple[int, st
     decoding, offset, rest = Decoding(file), 0, b""
     with open_bytes(file) as stream:
         try:
-            while line := stream.readline(longest or -1):
-                line = rest + line
-                rest = b""
-                if longest and not line.endswith(b"\n"):
-                    whole = _whole_characters(line)
-                    line, rest = line[:whole], line[whole:]
-                if offset == 0 and line.startswith(b"\xef\xbb\xbf"):
-                    offset, line = 3, line[3:]
-                yield offset, decoding.decode(line, offset)
-                offset += len(line)
+            while data := stream.read(_BLOCK):
+                end = data.rfind(b"\n") + 1
+                block, rest = (rest + data[:end], data[end:]) if end else (b"", rest + data)
+                if not end and len(rest) >= longest:
+                    whole = _whole_characters(rest[:longest])
+                    block, rest = rest[:whole], rest[whole:]
+                if offset == 0 and block.startswith(_MARK):
+                    offset, block = len(_MARK), block[len(_MARK) :]
+                if block:
+                    yield decoding.decode(block, offset)
+                    offset += len(block)
+            if offset == 0 and rest.startswith(_MARK):
+                offset, rest = len(_MARK), rest[len(_MARK) :]
             if rest:
-                yield offset, decoding.decode(rest, offset)
+                yield decoding.decode(rest, offset)
         finally:
             decoding.announce()
 

@@ -25,7 +25,7 @@ from .files import (
     kind,
     list_files,
     open_bytes,
-    read_lines,
+    read_blocks,
     suffixes,
 )
 from .tables import read_table, require_column
@@ -191,21 +191,44 @@ def _read_text(file: Path) -> Iterator[str]:
     parts: list[str] = []
     length = 0
     separated = False
-    # A line can be as long as the file.
-    for _, line in read_lines(file, longest=PIECE):
-        if line.startswith(SEPARATOR) and line.strip() == SEPARATOR:
-            separated = True
-            yield "".join(parts).strip("\r\n")
-            parts, length = [], 0
-            continue
-        parts.append(line)
-        length += len(line)
-        cut_here = line.isspace() or (length >= 2 * PIECE and line.endswith("\n"))
-        if length >= PIECE and (cut_here or length >= 3 * PIECE):
-            yield "".join(parts)
-            parts, length = [], 0
+    for block in read_blocks(file, longest=PIECE):
+        for text, is_separator in _parted(block):
+            if is_separator:
+                separated = True
+                yield "".join(parts).strip("\r\n")
+                parts, length = [], 0
+                continue
+            # Line by line only where a document may have to be cut.
+            near = length + len(text) >= PIECE
+            for line in _lines(text) if near else [text]:
+                parts.append(line)
+                length += len(line)
+                cut_here = near and (line.isspace() or (length >= 2 * PIECE and line.endswith("\n")))
+                if length >= PIECE and (cut_here or length >= 3 * PIECE):
+                    yield "".join(parts)
+                    parts, length = [], 0
     text = "".join(parts)
     yield text.strip("\r\n") if separated else text
+
+
+def _parted(block: str) -> Iterator[tuple[str, bool]]:
+    """Lines that are the separator, and the text between them."""
+    done = at = 0
+    while (at := block.find(SEPARATOR, at)) >= 0:
+        end = block.find("\n", at) + 1 or len(block)
+        if (at == 0 or block[at - 1] == "\n") and block[at:end].strip() == SEPARATOR:
+            if at > done:
+                yield block[done:at], False
+            yield block[at:end], True
+            done = end
+        at = end
+    if done < len(block):
+        yield block[done:], False
+
+
+def _lines(text: str) -> list[str]:
+    """Lines with their ends, which are line feeds and nothing else."""
+    return re.findall(r"[^\n]*\n|[^\n]+", text)
 
 
 def _require_text(beginning: str, file: Path) -> None:

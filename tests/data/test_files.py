@@ -13,7 +13,8 @@ import pytest
 import zstandard
 from datasets import Dataset, DatasetDict
 
-from tessera.data.files import read_lines
+from tessera.data import files, sources
+from tessera.data.files import read_blocks
 from tessera.data.rows import read_rows
 from tessera.data.sources import read_texts
 
@@ -165,19 +166,56 @@ def valid(data: bytes) -> bool:
     return True
 
 
+@pytest.mark.parametrize("block", [1, 5, 64])
 @pytest.mark.parametrize("longest", range(4, 12))
-def test_lines_are_cut_between_characters_only(tmp_path, caplog, longest):
+def test_lines_are_cut_between_characters_only(tmp_path, caplog, monkeypatch, longest, block):
+    monkeypatch.setattr(files, "_BLOCK", block)
     text = "\ufeffaä東😀" * 9 + "\r\n\n" + "😀" * 5
     (tmp_path / "a").write_bytes(text.encode())
-    lines = list(read_lines(tmp_path / "a", longest=longest))
-    assert "".join(line for _, line in lines) == text[1:] and not caplog.text
-    for offset, line in lines:
-        assert text.encode()[offset:].startswith(line.encode())
+    blocks = list(read_blocks(tmp_path / "a", longest=longest))
+    assert "".join(blocks) == text[1:] and not caplog.text
+    assert all(b.endswith("\n") or len(b.encode()) <= longest + block for b in blocks)
     broken = b"ab\xf0\x9f" * 5
     (tmp_path / "b").write_bytes(broken)
-    assert "".join(line for _, line in read_lines(tmp_path / "b", longest=longest)) == broken.decode(
-        "utf-8", "replace"
-    )
+    assert "".join(read_blocks(tmp_path / "b", longest=longest)) == broken.decode("utf-8", "replace")
+
+
+def by_lines(text: str, piece: int) -> list[str]:
+    """Documents as docs/data.md has them, line by line."""
+    found, parts, separated = [], "", False
+    for line in text.splitlines(keepends=True):
+        if line.strip() == "<|endoftext|>" and not line[0].isspace():
+            found, parts, separated = [*found, parts.strip("\r\n")], "", True
+            continue
+        parts += line
+        blank_or_late = line.isspace() or len(parts) >= 2 * piece
+        if len(parts) >= piece and (blank_or_late or len(parts) >= 3 * piece):
+            found, parts = [*found, parts], ""
+    found.append(parts.strip("\r\n") if separated else parts)
+    return [document for document in found if document and not document.isspace()]
+
+
+@pytest.mark.parametrize("block", [7, 40, 1000])
+def test_documents_do_not_depend_on_the_blocks_that_are_read(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(files, "_BLOCK", block)
+    monkeypatch.setattr(sources, "PIECE", 30)
+    generator = random.Random(block)
+    pieces = [
+        "a",
+        "bc d",
+        "<|endoftext|>",
+        "\n<|endoftext|>\n",
+        "\n<|endoftext|> \n",
+        "\n",
+        "\n\n",
+        "東京 ",
+        "x" * 9,
+    ]
+    for _ in range(300):
+        text = "".join(generator.choices(pieces, k=generator.randrange(1, 60))) + "."
+        text = "\n".join(line[:20] for line in text.split("\n"))  # shorter than what is cut by bytes
+        (tmp_path / "a.txt").write_text(text)
+        assert read(tmp_path / "a.txt") == by_lines(text, 30)
 
 
 def test_text_without_any_white_space_between_is_no_document(tmp_path):
