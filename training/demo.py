@@ -1,7 +1,8 @@
 """`make demo`: a model from nothing in minutes, on text that every machine has.
 
 The text is the standard library of the Python that runs this, its sources and its help texts, unless another
-is given. The model is the preset that learns fastest on two CPU cores (`benchmarks/shakespeare_cpu.py`).
+is given. It becomes a folder of tokens as `tessera data prepare` makes them, here of bytes. The model is the
+preset that learns fastest on two CPU cores (`benchmarks/shakespeare_cpu.py`).
 """
 
 import os
@@ -9,7 +10,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
+
+from tessera.data.mixing import Source
+from tessera.data.prepare import prepare
+from tessera.data.token_files import is_prepared
 
 from .pretrain import PretrainArguments, PretrainResult, Run
 
@@ -17,6 +23,7 @@ PRESET = "bytes-demo"
 DEMO_MARK = ".tessera-demo"
 # Twice what the demo reads in its minutes; a tenth is held out, and scored before and after.
 TEXT_BYTES = 4_000_000
+HELD_OUT = 0.1
 
 # Run by a new Python, which knows nothing of this one.
 _LOAD = """
@@ -55,7 +62,7 @@ def run_demo(minutes: float = 2.5, data: str | None = None, save_path: str = "ru
 
     Args:
         minutes: of training.
-        data: text file or folder; the standard library if not given.
+        data: text as for `tessera data prepare`, or what that wrote; the standard library if not given.
         save_path: run directory; what an earlier demo left there is replaced, anything else is not.
 
     Raises:
@@ -64,20 +71,17 @@ def run_demo(minutes: float = 2.5, data: str | None = None, save_path: str = "ru
     folder = Path(save_path)
     if folder.exists() and any(folder.iterdir()) and not (folder / DEMO_MARK).exists():
         raise ValueError(f"{folder} holds something other than a demo; choose another --save-path")
+    print(f"text: {data or 'the standard library of this Python'}")
+    tokens = data if data and is_prepared(data) else str(_prepare(data, folder))
     args = PretrainArguments(
         config=PRESET,
-        data_file=data or str(folder / "text"),
+        data_file=tokens,
         save_path=str(folder / "run"),
         minutes=minutes,
         batch_size=4,
         sequence_length=256,
         sample_prompt="\n" if data else "def ",
     )
-    print(f"text: {data or 'the standard library of this Python'}")
-    if data is None:
-        _claim(folder)
-        shutil.rmtree(folder / "text", ignore_errors=True)
-        standard_library_text(folder / "text")
     run = Run(args, replace=True)
     _claim(folder)
     result = run.run()
@@ -94,6 +98,20 @@ def run_demo(minutes: float = 2.5, data: str | None = None, save_path: str = "ru
         f"tessera generate --ckpt-path {result.folder} --interactive"
     )
     return result
+
+
+def _prepare(data: str | None, folder: Path) -> Path:
+    """Tokens of the text in `folder`, in the place of those of an earlier demo once they are whole."""
+    with tempfile.TemporaryDirectory() as scratch:
+        text = data or str(standard_library_text(Path(scratch) / "text"))
+        made = Path(scratch) / "tokens"
+        meta = prepare([Source(text)], made, val_fraction=HELD_OUT)
+        _claim(folder)
+        shutil.rmtree(folder / "tokens", ignore_errors=True)
+        shutil.move(made, folder / "tokens")
+    counts = meta["train"]["documents"], meta["train"]["tokens"], meta["val"]["tokens"]
+    print("tokens: {:,} documents, {:,} bytes to train on, {:,} held out".format(*counts))
+    return folder / "tokens"
 
 
 def _claim(folder: Path) -> None:
