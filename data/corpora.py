@@ -59,6 +59,9 @@ def open_folders(given: Sequence[str | Path], documents: bool = False) -> list[P
                 "write it with tessera data prepare"
             )
     names = [Path(source.source).resolve().name for source in sources]
+    paths = [Path(source.source).resolve() for source in sources]
+    if twice := next((path for path in paths if paths.count(path) > 1), None):
+        raise ValueError(f"{twice} is given twice; give it once, with the sum of its weights")
     opened = []
     for source, name in zip(sources, names, strict=True):
         data = open_prepared(source.source)

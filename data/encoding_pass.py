@@ -10,6 +10,7 @@ done before, in the processes of the pool.
 What belongs here: that loop, and which split a document goes to.
 """
 
+import hashlib
 import time
 from collections import Counter, deque
 from pathlib import Path
@@ -115,12 +116,14 @@ class EncodingPass:
         self.held_out, self._waiting, self.drawn_by = True, None, "text of its own"
         where = {"column": like.column, "split": like.split, "name": like.name}
         batch: list[str] = []
+        chars = 0
         for source in sources:
             for text in read_source(source, **where):
                 batch.append(text)
-                if sum(map(len, batch)) >= BATCH:
+                chars += len(text)
+                if chars >= BATCH:
                     self._hold_out_batch(batch)
-                    batch = []
+                    batch, chars = [], 0
         if batch:
             self._hold_out_batch(batch)
 
@@ -299,10 +302,15 @@ class EncodingPass:
 
     def _hold_out_batch(self, texts: list[str]) -> None:
         result = self.encoder.encode_batch(texts)
-        for i in range(len(texts)):
+        for i, text in enumerate(texts):
             self.seen.add(result.digest(i))
+            # Held out as it is, but in training it would be met as the filters leave it.
+            cleaned, _ = self.encoder.filters.clean(text)
+            if cleaned != text:
+                self.seen.add(hashlib.sha256(cleaned.encode("utf-8")).digest())
             if NEAR_DUPLICATE in self.encoder.filters.names:
-                self.near.seen(minhash(texts[i]))
+                for version in dict.fromkeys((text, cleaned)):
+                    self.near.seen(minhash(version))
         ids, ends = result.select(np.arange(len(texts)))
         self.writers["val"].add(ids, ends, int(result.num_bytes.sum()))
 

@@ -128,16 +128,19 @@ class Filters:
             return Examined(text, dropped)
         if self.language and (sure := probability_of(self.language, text)) < CONFIDENT:
             return Examined(text, Dropped(OTHER_LANGUAGE, sure, CONFIDENT))
-        lines = Counter()
-        if line_rules := tuple(name for name in self.names if name in LINE_RULES or name == CITATIONS):
-            cleaned, lines = clean_lines(text, line_rules)
-            if not cleaned:
-                return Examined(text, Dropped(EMPTY, 0, 1), lines)
-            if cleaned != text:
-                document = Document(cleaned)
+        cleaned, lines = self.clean(text)
+        if text and not cleaned:
+            return Examined(text, Dropped(EMPTY, 0, 1), lines)
+        if cleaned != text:
+            document = Document(cleaned)
         dropped = self._ask(document, LATER_RULES)
         near = dropped is None and NEAR_DUPLICATE in self.names
         return Examined(document.text, dropped, lines, minhash(document.text) if near else None)
+
+    def clean(self, text: str) -> tuple[str, Counter]:
+        """What the rules for single lines leave of a text, and how many lines each of them took out."""
+        rules = tuple(name for name in self.names if name in LINE_RULES or name == CITATIONS)
+        return clean_lines(text, rules) if rules else (text, Counter())
 
     def reason(self, text: str) -> str | None:
         """Name of the first rule that drops a text, or None."""

@@ -16,6 +16,7 @@ from tessera.configs.recipes import read_yaml
 from tessera.configs.resolve import resolve_config
 from tessera.conversion.model_args import config_from_model_args, is_model_args
 from tessera.data.corpora import PreparedCorpus, meaning_of, open_folders
+from tessera.data.mixing import parse_source
 from tessera.data.sources import read_documents
 from tessera.data.text import Tokens, split_documents
 from tessera.data.token_files import is_prepared
@@ -89,7 +90,7 @@ def open_corpora(
     data = data[0] if isinstance(data, list) else data
     if Path(data).suffix == ".bin" and is_prepared(Path(data).parent):
         raise ValueError(f"{data} is part of the prepared tokens in {Path(data).parent}; give that folder")
-    if is_prepared(data):
+    if is_prepared(parse_source(data).source):  # a weight says nothing of one alone
         return _open_tokens(open_folders([data], documents), tokenizer, config, follow)
     loaded, source = load_tokenizer(tokenizer)
     config = fit_vocabulary(config, loaded, tokenizer, follow)

@@ -440,6 +440,20 @@ def test_text_of_its_own_for_validation_is_taken_whole_and_never_trained_on(tmp_
     assert meta["val_fraction"] is None and len(meta["val_data"]) == 1
 
 
+def test_held_out_text_is_known_again_in_what_the_rules_for_lines_leave_of_it(tmp_path):
+    good = "This is a whole sentence, and it ends as one does."
+    texts = [f"Menu\n{good} It has the number {i}." for i in range(40)]
+    meta = prepare(
+        [Source(write(tmp_path / "a.jsonl", texts))],
+        tmp_path / "out",
+        val_data=[write(tmp_path / "val.jsonl", texts[:5])],
+        filters=Filters(("open_lines",)),
+    )
+    assert (meta["train"]["documents"], meta["val"]["documents"]) == (35, 5)
+    assert meta["filters"]["dropped"] == {"duplicate": 5}
+    assert b"Menu" not in (tmp_path / "out" / "train.bin").read_bytes()
+
+
 @pytest.mark.parametrize(("text", "fraction"), [("a", 0.5), ("abcdef", 0.1), ("abcdef", 0.9)])
 def test_too_little_text_for_two_splits_is_refused(tmp_path, text, fraction):
     (tmp_path / "a.txt").write_text(text)

@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.models import tiny_config
 from helpers.runs import tiny_arguments, tiny_run, write_prepared, write_words
 
 from tessera.data.text import Tokens
 from tessera.data.training_rows import IGNORED
 from tessera.evaluation.bits_per_byte import TextLoss
 from tessera.training.feed import Feed
-from tessera.training.inputs import Corpus
+from tessera.training.inputs import Corpus, open_corpora
 from tessera.training.pretrain import Run
 from tessera.training.pretrain_arguments import PretrainArguments, gather_arguments
 
@@ -223,6 +224,11 @@ def test_documents_packed_otherwise_are_another_order(wiki, tmp_path):
         tiny_run(tmp_path, resume=True, **{**given, "steps": 3})
 
 
+def test_one_folder_alone_may_have_a_weight(wiki, tmp_path):
+    corpora, _ = open_corpora(f"{wiki}:0.5", None, tiny_config("llama-tiny"), follow=True)
+    assert [corpus.name for corpus in corpora] == ["wiki"]
+
+
 def test_mixtures_that_make_no_sense_are_refused(wiki, web, tmp_path):
     (text := tmp_path / "text.txt").write_text("some text")
     other = write_documents(
@@ -230,6 +236,7 @@ def test_mixtures_that_make_no_sense_are_refused(wiki, web, tmp_path):
     )
     bytes_ = write_prepared(tmp_path / "bytes", list(b"abc" * 90), list(b"abc"), 3)
     for data, sentence in (
+        ([f"{wiki}:0.5", f"{wiki}:0.5"], "wiki is given twice"),
         ([wiki, f"{web}:0.5"], "wiki has no weight; of several folders each needs one"),
         ([f"{wiki}:1", f"{text}:1"], "text.txt is no folder of prepared tokens"),
         ([f"{wiki}:1", f"{other}:1"], "wiki and .*other were encoded with different tokenizers"),
