@@ -7,6 +7,7 @@ is the business of who reads them.
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .files import ROW_SUFFIXES, suffixes
 from .tables import read_table
@@ -23,6 +24,9 @@ def read_rows(
             with it, or that lie in a folder of its name, or all where none does.
         name: configuration of a Hub dataset.
         streaming: read a Hub dataset as it comes, instead of downloading it first.
+
+    Yields:
+        Rows; those of parquet, Arrow and the Hub without the nulls inside of their columns' structs.
 
     Raises:
         ValueError: if there is no such table, or it cannot be read.
@@ -65,12 +69,28 @@ def _files_of(path: Path, splits: tuple[str, ...]) -> list[Path]:
 
 def _read_files(files: list[Path]) -> Iterator[dict]:
     for file in files:
+        columnar = suffixes(file)[0] in {".parquet", ".arrow"}
         for where, row in read_table(file):
             if isinstance(row, list):
                 row = {"messages": row}  # nanochat's form of a conversation
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
-            yield row
+            yield _without_filling(row) if columnar else row
+
+
+def _without_filling(row: dict) -> dict:
+    """A row without the nulls that Arrow fills its structs with.
+
+    All structs of a column have the fields that any of them has: a call of one tool would get the arguments
+    of every other. A null that was meant cannot be told from those, so it goes too. Columns stay.
+    """
+    return {column: _prune(value) for column, value in row.items()}
+
+
+def _prune(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _prune(inner) for key, inner in value.items() if inner is not None}
+    return [_prune(inner) for inner in value] if isinstance(value, list) else value
 
 
 # ---- the Hub ----
@@ -89,7 +109,7 @@ def _read_hub(dataset: str, splits: tuple[str, ...], name: str | None, streaming
         split = next((split for split in splits if split in there), None)
         if split is None:
             raise ValueError(f"no split {' or '.join(splits)}; there are {', '.join(there)}")
-        yield from load_dataset(dataset, name, split=split, streaming=streaming)
+        yield from map(_without_filling, load_dataset(dataset, name, split=split, streaming=streaming))
     except Exception as error:  # of the network, of the files, of any library in between
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{title} cannot be read: {reason}") from error

@@ -142,6 +142,32 @@ def test_json_lines_gzip_arrays_parquet_and_folders_read_alike(tmp_path):
     assert list(load_conversations(str(tmp_path / "a.jsonl"), limit=2)) == expected[:2]
 
 
+def test_calls_from_tables_have_their_own_arguments_alone(tmp_path):
+    """Arrow gives each struct the fields of all; JSON lines keep the nulls that they have."""
+    from datasets import Dataset
+
+    calls = [{"name": "find", "arguments": {"what": {"a": "x"}}}, {"name": "add", "arguments": {"n": [1, 2]}}]
+    tools = [
+        {"type": "function", "function": {"name": "find", "parameters": {"what": {"type": "string"}}}},
+        {"type": "function", "function": {"name": "add", "parameters": {"n": {"type": "array"}}}},
+    ]
+    rows = [
+        {"messages": [QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}], "tools": tools}
+        for call in calls
+    ]
+    expected = list(load_conversations(write_rows(tmp_path / "a.jsonl", rows)))
+    assert expected[1]["messages"][1]["tool_calls"][0]["function"] == calls[1]
+    saved = Dataset.from_list(rows)
+    assert saved[1]["messages"][1]["tool_calls"][0]["arguments"]["what"] is None
+    saved.to_parquet(tmp_path / "b.parquet")
+    saved.save_to_disk(str(tmp_path / "c"))
+    for source in ("b.parquet", "c"):
+        assert list(load_conversations(str(tmp_path / source))) == expected, source
+    calls[0]["arguments"]["what"] = None
+    path = write_rows(tmp_path / "d.jsonl", rows)
+    assert next(load_conversations(path))["messages"][1]["tool_calls"][0]["function"] == calls[0]
+
+
 def test_unusable_conversations_are_counted_and_left_out(tmp_path):
     rows = [
         {"messages": [QUESTION, ANSWER]},
