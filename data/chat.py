@@ -290,7 +290,8 @@ def load_conversations(
 
     Args:
         source: file or folder (JSON lines, JSON, parquet), Hub dataset, or name in `PRESETS`.
-        split, name: of a Hub dataset; default: those of its preset, or `train` and its only configuration.
+        split: of a Hub dataset or folder; default: that of its preset, or `train`, see `read_rows`.
+        name: of a Hub dataset's configuration; default: that of its preset, or the only one.
         limit: conversations to read at most.
         streaming: read a Hub dataset as it comes.
         say: what is told how many were left out, at the end; default: prints to stderr.
@@ -299,8 +300,8 @@ def load_conversations(
         ValueError: if there is nothing there, rows have no shape that is known, or no usable one remains.
     """
     known = find_dataset(source)
-    source, splits = known.path, (split,) if split else known.splits
-    rows = read_rows(source, splits=splits, name=name or known.name, streaming=streaming)
+    source = known.path
+    rows = read_rows(source, split=split, splits=known.splits, name=name or known.name, streaming=streaming)
     say = say or (lambda text: print(text, file=sys.stderr))
     number, kept, dropped, example = 0, 0, Counter(), {}
     for number, row in enumerate(rows, start=1):

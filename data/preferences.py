@@ -92,8 +92,8 @@ def load_preferences(
     """
     say = say or (lambda text: print(text, file=sys.stderr))
     number, kept, dropped = 0, 0, Counter()
-    splits = (split,) if split else ("train", "train_prefs")
-    for number, row in enumerate(read_rows(source, splits=splits, name=name), start=1):
+    rows = read_rows(source, split=split, splits=("train", "train_prefs"), name=name)
+    for number, row in enumerate(rows, start=1):
         try:
             found = to_preference(row)
         except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -12,16 +12,27 @@ from typing import Any
 from .files import ROW_SUFFIXES, suffixes
 from .tables import read_table
 
+# Names of what is not trained on unless it is asked for.
+HELD_OUT = {"test", "val", "valid", "validation", "dev"}
+_NAMED = 8  # files in a sentence
+
 
 def read_rows(
-    source: str, *, splits: tuple[str, ...] = ("train",), name: str | None = None, streaming: bool = True
+    source: str,
+    *,
+    split: str | None = None,
+    splits: tuple[str, ...] = ("train",),
+    name: str | None = None,
+    streaming: bool = True,
 ) -> Iterator[dict]:
     """Reads a table.
 
     Args:
         source: file, folder of files, or Hub dataset (`org/name`).
-        splits: of a Hub dataset, the first of them that there is; of a folder, the files whose names begin
-            with it, or that lie in a folder of its name, or all where none does.
+        split: the one to read: of a Hub dataset; of a folder, the files whose names begin or end with it, or
+            that lie in a folder of its name.
+        splits: where no split is given, the first of these that there is. A folder in which nothing has any
+            of their names is read whole, without what is named as one of `HELD_OUT`.
         name: configuration of a Hub dataset.
         streaming: read a Hub dataset as it comes, instead of downloading it first.
 
@@ -29,13 +40,13 @@ def read_rows(
         Rows; those of parquet, Arrow and the Hub without the nulls inside of their columns' structs.
 
     Raises:
-        ValueError: if there is no such table, or it cannot be read.
+        ValueError: if there is no such table or split, or it cannot be read.
     """
     path = Path(source).expanduser()
     if path.exists():
-        return _read_files(_files_of(path, splits))
+        return _read_files(_files_of(path, splits, split))
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not _is_table(path):
-        return _read_hub(source, splits, name, streaming)
+        return _read_hub(source, (split,) if split else splits, name, streaming)
     raise ValueError(f"there is no file or folder {source}, and a Hub dataset is written org/name")
 
 
@@ -46,25 +57,48 @@ def _is_table(path: Path) -> bool:
     return suffixes(path)[0] in ROW_SUFFIXES
 
 
-def _files_of(path: Path, splits: tuple[str, ...]) -> list[Path]:
+def _files_of(path: Path, splits: tuple[str, ...], split: str | None) -> list[Path]:
     if path.is_file():
+        if split is not None and not _is_of(path, path.parent, split):
+            raise ValueError(
+                f"there is no split {split!r}: {path} is one file; leave the split out to read it"
+            )
         return [path]
     files = [file for file in sorted(path.rglob("*")) if file.is_file() and _is_table(file)]
     # A plain .json beside tables mostly describes them.
     files = [file for file in files if suffixes(file)[0] != ".json"] or files
-    for split in splits:
-        of_split = [
-            file
-            for file in files
-            if file.name.startswith(split) or split in file.relative_to(path).parts[:-1]
-        ]
-        if of_split:
-            return of_split
     if not files:
         raise ValueError(
             f"{path} holds no table: expected .jsonl, .json (also .gz, .xz, .zst), .parquet or .arrow files"
         )
-    return files
+    for wanted in (split,) if split is not None else splits:
+        if of_split := [file for file in files if _is_of(file, path, wanted)]:
+            return of_split
+    there = ", ".join(str(file.relative_to(path)) for file in files[:_NAMED])
+    there += f" and {len(files) - _NAMED} more" if len(files) > _NAMED else ""
+    if split is not None:
+        raise ValueError(
+            f"{path} has no split {split!r}: no file or folder in it is named so; there are {there}"
+        )
+    if HELD_OUT & set(splits):
+        return files
+    rest = [file for file in files if not any(_is_of(file, path, name, whole=True) for name in HELD_OUT)]
+    if not rest:
+        raise ValueError(
+            f"{path} has nothing but held-out splits: {there}; name one as the split, or give its file"
+        )
+    return rest
+
+
+def _is_of(file: Path, folder: Path, split: str, whole: bool = False) -> bool:
+    """Whether a file in a folder is named after a split, or a folder between them is.
+
+    Args:
+        whole: the name must be the first or last word of the file's; else it may also begin with it.
+    """
+    words = re.split(r"[-_.]", file.name.partition(".")[0])
+    named = split in (words[0], words[-1]) or (file.name.startswith(split) and not whole)
+    return named or split in file.relative_to(folder).parts[:-1]
 
 
 def _read_files(files: list[Path]) -> Iterator[dict]:

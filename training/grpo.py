@@ -158,7 +158,7 @@ def load_problems(
         ValueError: if there is nothing there, or rows have other columns.
     """
     problems = []
-    for number, row in enumerate(read_rows(source, splits=(split or "train",), name=name), start=1):
+    for number, row in enumerate(read_rows(source, split=split, name=name), start=1):
         question = row.get("question", row.get("prompt"))
         if question is None or row.get("answer") is None:
             raise ValueError(

@@ -142,6 +142,32 @@ def test_json_lines_gzip_arrays_parquet_and_folders_read_alike(tmp_path):
     assert list(load_conversations(str(tmp_path / "a.jsonl"), limit=2)) == expected[:2]
 
 
+def test_a_split_is_read_where_it_is_and_held_out_ones_only_when_asked_for(tmp_path):
+    def read(folder, **given):
+        return [chat["messages"][1]["content"] for chat in load_conversations(str(folder), **given)]
+
+    def folder_of(folder, *names):
+        for name in names:
+            (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_rows(tmp_path / folder / name, [{"prompt": "?", "completion": name}])
+        return tmp_path / folder
+
+    names = ("a.jsonl", "dev/x.jsonl", "latest.jsonl", "my-validation.jsonl", "test-0.jsonl", "val.jsonl")
+    mixed = folder_of("mixed", *names)
+    assert read(mixed) == ["a.jsonl", "latest.jsonl"]
+    assert read(mixed, split="dev") == ["dev/x.jsonl"] and read(mixed, split="test") == ["test-0.jsonl"]
+    assert read(mixed, split="validation") == ["my-validation.jsonl"]
+    with pytest.raises(ValueError, match=r"mixed has no split 'train': .*; there are a.jsonl, dev/x.jsonl, "):
+        read(mixed, split="train")
+    held_out = folder_of("held", "test.jsonl", "val.jsonl")
+    with pytest.raises(ValueError, match="nothing but held-out splits: test.jsonl, val.jsonl; name one as"):
+        read(held_out)
+    assert read(folder_of("named", "chats-train.jsonl", "b.jsonl")) == ["chats-train.jsonl"]
+    with pytest.raises(ValueError, match=r"no split 'train': .*a.jsonl is one file; leave the split out"):
+        read(mixed / "a.jsonl", split="train")
+    assert read(held_out / "test.jsonl") == read(held_out / "test.jsonl", split="test") == ["test.jsonl"]
+
+
 def test_calls_from_tables_have_their_own_arguments_alone(tmp_path):
     """Arrow gives each struct the fields of all; JSON lines keep the nulls that they have."""
     from datasets import Dataset
