@@ -144,6 +144,20 @@ def encode_conversation(tokenizer, conversation: dict, max_length: int | None = 
     return cut
 
 
+def _cut(row: Row, start: int, length: int) -> Row:
+    return {key: values[start : start + length] for key, values in row.items()}
+
+
+def _split(row: Row, length: int) -> Iterator[Row]:
+    """Pieces of at most `length` tokens, each from the last token of the one before, to predict from it."""
+    size, step = len(row["input_ids"]), max(length - 1, 1)
+    for start in range(0, max(size - 1, 1), step):
+        piece = _cut(row, start, length)
+        if start:
+            piece["labels"][0] = IGNORED  # predicted in the piece before
+        yield piece
+
+
 def count_trained(row: Row) -> int:
     """Tokens of a row that have a loss: nothing predicts the first."""
     return sum(label != IGNORED for label in row["labels"][1:])
@@ -159,7 +173,7 @@ class RowEncoder:
         tokenizer: with a chat template that has generation marks.
         length: tokens of a row.
         too_long: what becomes of a longer conversation: "truncate" cuts it, "split" goes on with the rest of
-            it as rows of their own, "drop" leaves it out.
+            it as rows of their own, each from the last token of the one before; "drop" leaves it out.
 
     Attributes:
         long: conversations that were too long.
@@ -189,9 +203,7 @@ class RowEncoder:
             self.long += size > length
             if size > length and self.too_long == "drop":
                 continue
-            starts = range(0, size, length) if self.too_long == "split" else [0]
-            for start in starts:
-                piece = {key: values[start : start + length] for key, values in row.items()}
+            for piece in _split(row, length) if self.too_long == "split" else [_cut(row, 0, length)]:
                 trained = count_trained(piece)
                 if not trained:
                     self.left_out += 1
@@ -289,7 +301,9 @@ def _join(parts: list[Row], packed: Packed) -> Row:
     packed.rows += 1
     packed.conversations += len(parts)
     packed.tokens += sum(sizes)
-    ids, labels = ([i for part in parts for i in part[key]] for key in ("input_ids", "labels"))
+    ids = [i for part in parts for i in part["input_ids"]]
+    # Nothing of its own conversation predicts the first token of a part.
+    labels = [label for part in parts for label in (IGNORED, *part["labels"][1:])]
     return {"input_ids": ids, "labels": labels, "seq_lengths": sizes}
 
 

@@ -127,15 +127,43 @@ def test_long_conversations_are_cut_split_or_dropped_as_asked_and_counted(tmp_pa
     split = RowEncoder(tokenizer, 64, "split")
     pieces = list(split.encode(rows))
     assert all(len(piece["input_ids"]) <= 64 for piece in pieces)
-    assert [i for piece in pieces[1:-1] for i in piece["input_ids"]] == whole[1]["input_ids"]
+    longer = pieces[1:-1]
+    joined = [i for piece in longer for i in piece["input_ids"][piece is not longer[0] :]]
+    assert joined == whole[1]["input_ids"]
     kept = whole[2]["labels"][-len(pieces[-1]["labels"]) :]
-    assert pieces[-1]["labels"] == kept and split.left_out == sizes[2] // 64
+    assert pieces[-1]["labels"] == kept and split.left_out == (sizes[2] - 2) // 63
     assert "2 conversations of over 64 tokens split" in split.summary()
 
     drop = RowEncoder(tokenizer, 64, "drop")
     assert list(drop.encode(rows)) == whole[:1] and (drop.long, drop.left_out) == (2, 0)
     with pytest.raises(ValueError, match="can be truncate, split, drop; got 'shrink'"):
         RowEncoder(tokenizer, 64, "shrink")
+
+
+@pytest.mark.parametrize("length", [2, 7, 64])
+def test_each_token_of_a_split_answer_is_predicted_once_from_its_own_conversation(length):
+    tokenizer = chat_tokenizer()
+    chats = [{"messages": turn(f"{n}?", f"The colour of {n} is white. " * n)} for n in (3, 8, 20)]
+    whole = [encode_conversation(tokenizer, chat) for chat in chats]
+    expected = [
+        (before, label)
+        for row in whole
+        for before, label in zip(row["input_ids"], row["labels"][1:], strict=False)
+        if label != IGNORED
+    ]
+    encoder, found = RowEncoder(tokenizer, length, "split"), []
+    for row in pack_best_fit(encoder.encode(chats), length + 3):
+        starts = [sum(row["seq_lengths"][:part]) for part in range(len(row["seq_lengths"]))]
+        assert all(row["labels"][start] == IGNORED for start in starts)
+        pairs = zip(row["input_ids"], row["labels"][1:], strict=False)
+        found += [pair for pair in pairs if pair[1] != IGNORED]
+    assert sorted(found) == sorted(expected) and encoder.trained == len(expected)
+
+
+def test_a_part_that_begins_with_a_trained_token_is_not_predicted_from_the_part_before():
+    rows = [{"input_ids": [n] * 2, "labels": [n] * 2} for n in (1, 2)]
+    (row,) = pack_best_fit(rows, 4)
+    assert row["labels"] == [IGNORED, row["input_ids"][1], IGNORED, row["input_ids"][3]]
 
 
 # ---- packing ----
