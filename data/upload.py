@@ -5,10 +5,12 @@ The way back is `data/download.py`.
 """
 
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
+from .files import COMPRESSIONS, ROW_SUFFIXES, TEXT_SUFFIXES, suffixes
 from .token_files import META, SPLITS, open_prepared
 
 
@@ -126,8 +128,21 @@ def write_card(meta: dict, repo: str) -> str:
 
 
 def _name(given: str) -> str:
-    """A source without its folder: a path on somebody's machine says nothing to others."""
-    return Path(given).name if Path(given).expanduser().exists() else given
+    """A source without its folder: a path on somebody's machine says nothing to others.
+
+    Whether it is one, its form tells, as what it names may be gone or on another machine.
+    """
+    path = Path(given)
+    suffix, compression = suffixes(path)
+    of_machine = (
+        given.startswith(("/", "~", "."))
+        or "\\" in given
+        or given.count("/") > 1
+        or compression in COMPRESSIONS
+        or suffix in TEXT_SUFFIXES | ROW_SUFFIXES
+        or path.exists()
+    )
+    return (re.split(r"[/\\]", given.rstrip("/\\"))[-1] or given) if of_machine else given
 
 
 def _without_paths(meta: dict) -> dict:

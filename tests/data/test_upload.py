@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -62,8 +63,6 @@ def test_what_goes_wrong_is_a_sentence_and_the_next_call_succeeds(tokens, tmp_pa
 
 
 def test_a_folder_that_is_damaged_is_not_sent(tokens, tmp_path):
-    import shutil
-
     damaged = shutil.copytree(tokens, tmp_path / "damaged")
     content = bytearray((damaged / "train.bin").read_bytes())
     content[100] ^= 1
@@ -87,3 +86,29 @@ def test_a_dry_run_has_what_would_be_sent_and_the_card_no_path(tokens, tmp_path)
     meta = json.loads((tokens / "data_meta.json").read_text())
     assert f"| train | {meta['train']['documents']:,} | {meta['train']['tokens']:,} |" in card
     assert card == write_card(meta, "someone/tokens")
+
+
+@pytest.mark.parametrize(
+    ("given", "published"),
+    [
+        ("/gone/corpus/pages", "pages"),
+        ("~/corpus/", "corpus"),
+        ("../corpus", "corpus"),
+        ("secret/pages.jsonl", "pages.jsonl"),
+        ("secret/pages.txt.zst", "pages.txt.zst"),
+        ("secret/corpus/pages", "pages"),
+        ("C:\\secret\\pages", "pages"),
+        ("org/name", "org/name"),
+        ("org/name-1.5", "org/name-1.5"),
+    ],
+)
+def test_a_source_that_is_gone_is_published_without_its_folder(tokens, tmp_path, given, published):
+    folder = shutil.copytree(tokens, tmp_path / "tokens")
+    meta = json.loads((folder / "data_meta.json").read_text())
+    meta["sources"][0]["source"] = given
+    meta["val_data"] = [given]
+    (folder / "data_meta.json").write_text(json.dumps(meta))
+    upload(folder, "someone/tokens", dry_run=tmp_path / "dry")
+    sent = json.loads((tmp_path / "dry" / "data_meta.json").read_text())
+    assert sent["sources"][0]["source"] == published and sent["val_data"] == [published]
+    assert f"\n| {published} |" in (tmp_path / "dry" / "README.md").read_text()
