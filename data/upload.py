@@ -13,6 +13,9 @@ from pathlib import Path
 from .files import COMPRESSIONS, ROW_SUFFIXES, TEXT_SUFFIXES, suffixes
 from .token_files import META, SPLITS, open_prepared
 
+# The files of the format, beside those of tokenizer/.
+NAMES = (META, *(f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "idx")))
+
 
 def upload(
     folder: str | Path,
@@ -23,10 +26,11 @@ def upload(
     message: str = "Upload tokens",
     dry_run: str | Path | None = None,
 ) -> str:
-    """Sends a folder of tokens to a dataset repository, with a card if it has none.
+    """Sends a folder of tokens to a dataset repository, with a card if neither has one of somebody's hand.
 
     What an earlier call that was broken off has sent is not sent again; the repository changes only when
-    everything is there.
+    everything is there. What is left of tokens that it held before (another tokenizer's files, say) goes in
+    the same commit; files that are none of the format's stay.
 
     Args:
         folder: what `prepare` or `download` wrote.
@@ -67,13 +71,14 @@ def upload(
         described.write_text(
             json.dumps(_without_paths(content), indent=2, ensure_ascii=False) + "\n", "utf-8"
         )
+        has_card = "README.md" in files
         files = {"README.md": card, **files, META: described}
         if dry_run is not None:
             for name, path in files.items():
                 (Path(dry_run) / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, Path(dry_run) / name)
             return str(dry_run)
-        return _send(files, repo, private, revision, message)
+        return _send(files, has_card, repo, private, revision, message)
 
 
 def write_card(meta: dict, repo: str) -> str:
@@ -157,8 +162,7 @@ def _without_paths(meta: dict) -> dict:
 
 def _files_to_send(folder: Path) -> dict[str, Path]:
     """Those of the format, by their names in the repository."""
-    names = [META, *(f"{split}.{suffix}" for split in SPLITS for suffix in ("bin", "idx")), "README.md"]
-    files = {name: folder / name for name in names if (folder / name).is_file()}
+    files = {name: folder / name for name in (*NAMES, "README.md") if (folder / name).is_file()}
     if (folder / "tokenizer").is_dir():
         for path in sorted((folder / "tokenizer").iterdir()):
             if path.is_file() and not path.name.startswith("."):
@@ -166,8 +170,10 @@ def _files_to_send(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _send(files: dict[str, Path], repo: str, private: bool, revision: str | None, message: str) -> str:
-    from huggingface_hub import CommitOperationAdd, HfApi
+def _send(
+    files: dict[str, Path], has_card: bool, repo: str, private: bool, revision: str | None, message: str
+) -> str:
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi()
     try:
@@ -179,7 +185,15 @@ def _send(files: dict[str, Path], repo: str, private: bool, revision: str | None
             )
         if revision is not None:
             api.create_branch(repo, repo_type="dataset", branch=revision, exist_ok=True)
+        there = api.list_repo_files(repo, repo_type="dataset", revision=revision)
+        if not has_card and "README.md" in there and not _is_our_card(repo, revision, there):
+            files = {name: path for name, path in files.items() if name != "README.md"}
         operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
+        operations += [
+            CommitOperationDelete(name)
+            for name in there
+            if name not in files and (name in NAMES or name.startswith("tokenizer/"))
+        ]
         commit = api.create_commit(
             repo, operations, repo_type="dataset", revision=revision, commit_message=message
         )
@@ -189,6 +203,22 @@ def _send(files: dict[str, Path], repo: str, private: bool, revision: str | None
         if reason is None:
             raise
         raise ValueError(reason) from error
+
+
+def _is_our_card(repo: str, revision: str | None, there: list[str]) -> bool:
+    """Whether the card in a repository is the one that tokens there were given, and nobody has changed it."""
+    from huggingface_hub import hf_hub_download
+
+    if META not in there:
+        return False
+    card, meta = (
+        Path(hf_hub_download(repo, name, repo_type="dataset", revision=revision)).read_bytes()
+        for name in ("README.md", META)
+    )
+    try:
+        return card == write_card(json.loads(meta), repo).encode("utf-8")
+    except (AttributeError, KeyError, TypeError, ValueError):  # somebody else's notes
+        return False
 
 
 def _why(error: BaseException | None, endpoint: str, repo: str) -> str | None:

@@ -49,6 +49,40 @@ def test_tokens_go_to_the_hub_and_come_back_byte_for_byte(tokens, tmp_path):
             assert (tmp_path / "got" / path.relative_to(tokens)).read_bytes() == path.read_bytes()
 
 
+def files_in(hub, name):
+    repository = hub.find("datasets", name)
+    files = repository.commit(repository.resolve("main"))["files"]
+    return {path: repository.blob(file["sha256"]).read_bytes() for path, file in files.items()}
+
+
+CARDS = r"""
+import sys
+from huggingface_hub import HfApi
+for name, text in (("README.md", b"By hand."), ("notes/a.txt", b"Mine.")):
+    HfApi().upload_file(path_or_fileobj=text, path_in_repo=name, repo_id=sys.argv[1], repo_type="dataset")
+"""
+
+
+def test_other_tokens_replace_those_of_before_but_no_card_of_somebodys_hand(tokens, tmp_path):
+    source = Source(str(tokens.parent / "private name.jsonl"))
+    prepare([source], tmp_path / "bytes", val_fraction=0.1)
+    with LocalHub(tmp_path / "hub") as hub:
+        assert run(hub, "upload", tokens, "someone/tokens").returncode == 0
+        first = files_in(hub, "someone/tokens")
+        assert run(hub, "upload", tmp_path / "bytes", "someone/tokens").returncode == 0
+        second = files_in(hub, "someone/tokens")
+        environment = {**os.environ, **hub.environment}
+        subprocess.run([sys.executable, "-c", CARDS, "someone/tokens"], env=environment, check=True)
+        assert run(hub, "upload", tokens, "someone/tokens").returncode == 0
+        third = files_in(hub, "someone/tokens")
+    assert "tokenizer/tokenizer.json" in first
+    assert not [name for name in second if name.startswith("tokenizer/")]
+    # The card of an earlier upload is nobody's work: it tells of the tokens that are there.
+    assert second["README.md"] != first["README.md"] and b"as uint8" in second["README.md"]
+    assert third["README.md"] == b"By hand." and third["notes/a.txt"] == b"Mine."
+    assert third["train.bin"] == first["train.bin"] and third.keys() == first.keys() | {"notes/a.txt"}
+
+
 def test_what_goes_wrong_is_a_sentence_and_the_next_call_succeeds(tokens, tmp_path):
     accounts = {"hf_may": Account("someone"), "hf_reads": Account("someone", may_write=False)}
     with LocalHub(tmp_path / "hub", accounts=accounts) as hub:
