@@ -7,7 +7,7 @@ operations on arrays;
 - which character is a letter is asked of the engine that the tokenizers library has, not of Python's Unicode
 tables, which may be of another version.
 
-What belongs here: the two patterns as rules over runs of a class. `tests/data/test_word_splits.py` compares
+What belongs here: the two patterns as rules over runs of a class. `tests/data/test_word_encoding.py` compares
 them with the engine.
 """
 
