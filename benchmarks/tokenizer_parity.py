@@ -23,8 +23,8 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from tessera.tokenization import import_tokenizer, train_tokenizer
-from tessera.tokenization.codecs import Codec, huggingface_codec, open_codec
 from tessera.tokenization.probes import Probe, adversarial_texts, every_character
+from tessera.tokenization.reference_codecs import Codec, huggingface_codec, open_codec
 from tessera.tokenization.verify import compare
 
 PIECE = 2**16

@@ -19,8 +19,8 @@ from .byte_level import (
     read_ranks,
 )
 from .chat import END_OF_TEXT, add_chat
-from .codecs import download_ranks, original_codec
 from .locate import Located, load_huggingface, locate
+from .reference_codecs import download_ranks, original_codec
 from .save import check_output, save_tokenizer, wrap
 from .sentencepiece_models import sentencepiece_tokenizer
 

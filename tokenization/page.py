@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 
-from .codecs import Codec, show_bytes
+from .reference_codecs import Codec, show_bytes
 
 # Neighbours differ, and a colour comes back after five: enough to see where a token ends.
 COLOURS = 5

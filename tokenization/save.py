@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from .codecs import Codec, huggingface_codec, sentencepiece_codec
+from .reference_codecs import Codec, huggingface_codec, sentencepiece_codec
 from .verify import require_same
 
 META_FILE = "tokenizer_meta.json"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .codecs import Codec, open_codec
 from .probes import Probe, adversarial_texts, every_character
+from .reference_codecs import Codec, open_codec
 
 # Texts are handed over in batches of so many characters: threads have work, memory stays small.
 BATCH_CHARACTERS = 2**20

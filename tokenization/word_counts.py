@@ -60,6 +60,13 @@ LAST = ".last"
 # Shards that are open at the same time, each with so many words in memory.
 OPEN_SHARDS, SHARD_BLOCK = 64, 4096
 
+# Starts this file as a program. Given to Python itself, its folder (or, with -c, the one that the user is in)
+# would be looked in first for modules, and a file there may be called as one of the standard library.
+_START = (
+    "import sys; sys.path[:] = filter(None, sys.path); sys.argv.pop(0); "
+    "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
 
 @dataclass(frozen=True)
 class WordCounts:
@@ -136,7 +143,7 @@ def count_words(
     beginning.append(following)
     workers = workers or min(len(_cores()), MAX_WORKERS)
     with tempfile.TemporaryDirectory(prefix="tessera-words-") as folder:
-        command = [sys.executable, __file__, folder, str(2 * memory // workers), pattern, parts]
+        command = [sys.executable, "-c", _START, __file__, folder, str(2 * memory // workers), pattern, parts]
         _run_processes(_batches(beginning, pieces), workers, command)
         shards = sorted(Path(folder).iterdir())
         if sum(map(_cost_of_shard, shards)) <= 2 * memory:

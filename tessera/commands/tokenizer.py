@@ -141,8 +141,8 @@ def info(
     ] = None,
 ) -> None:
     """Tell what a tokenizer is like: size, tokens, bytes per token by kind of text."""
-    from tessera.tokenization.codecs import open_codec
-    from tessera.tokenization.statistics import describe
+    from tessera.tokenization.reference_codecs import open_codec
+    from tessera.tokenization.token_statistics import describe
 
     silence_transformers()
     typer.echo(describe(open_codec(tokenizer, encoding=encoding)).report())
@@ -164,8 +164,8 @@ def compare(
     One tokenizer is compared with GPT-2's, cl100k_base and o200k_base, as far as they are to be had.
     """
     from tessera.data.sources import read_texts
-    from tessera.tokenization.codecs import open_codec
-    from tessera.tokenization.statistics import compare_table
+    from tessera.tokenization.reference_codecs import open_codec
+    from tessera.tokenization.token_statistics import compare_table
 
     if limit_mb < 0:
         raise ValueError(f"--limit-mb must be 0 (all) or more, got {limit_mb:g}")
@@ -194,8 +194,8 @@ def show(
     """Show a text coloured by token: in the terminal, or as a page with ids on hover."""
     from pathlib import Path
 
-    from tessera.tokenization.codecs import open_codec
     from tessera.tokenization.page import page, terminal_text
+    from tessera.tokenization.reference_codecs import open_codec
 
     if (text is None) == (file is None):
         raise ValueError("give the text itself, or a file with --file")

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 
 from tessera.tokenization import SPECIAL_TOKENS, import_tokenizer
 from tessera.tokenization.byte_level import read_ranks
-from tessera.tokenization.codecs import huggingface_codec, open_codec
 from tessera.tokenization.probes import adversarial_texts, every_character
+from tessera.tokenization.reference_codecs import huggingface_codec, open_codec
 from tessera.tokenization.token_bytes import token_bytes
 from tessera.tokenization.verify import compare, verify_tokenizers
 

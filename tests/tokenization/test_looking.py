@@ -12,11 +12,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tessera import cli
 from tessera.tokenization import import_tokenizer
-from tessera.tokenization.codecs import open_codec
 from tessera.tokenization.page import page, show_tokens
 from tessera.tokenization.probes import adversarial_texts
-from tessera.tokenization.statistics import KINDS, bytes_per_token, describe, sample
+from tessera.tokenization.reference_codecs import open_codec
 from tessera.tokenization.token_bytes import token_bytes
+from tessera.tokenization.token_statistics import KINDS, bytes_per_token, describe, sample
 
 TEXT = "ka ren\n\n\tдане 東京 <b>&amp;</b> \x00 ü🙂"
 

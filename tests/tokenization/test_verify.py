@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from tessera import cli
 from tessera.tokenization import import_tokenizer, save_tokenizer, train_tokenizer
 from tessera.tokenization.byte_level import ENCODINGS, GPT2_PATTERN, GPT4_PATTERN, Encoding
-from tessera.tokenization.codecs import huggingface_codec, open_codec, tiktoken_codec
 from tessera.tokenization.probes import adversarial_texts, every_character
+from tessera.tokenization.reference_codecs import huggingface_codec, open_codec, tiktoken_codec
 from tessera.tokenization.token_bytes import bytes_of_name
 from tessera.tokenization.verify import verify_tokenizers
 

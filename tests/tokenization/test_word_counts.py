@@ -1,12 +1,16 @@
 """Words counted in pieces, processes and shards against those of whole texts; what is dropped; failures."""
 
 import random
+import shutil
+import sys
 import unicodedata
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from tokenizers import Regex, pre_tokenizers
 
+from tessera import tokenization
 from tessera.tokenization import word_counts
 from tessera.tokenization.byte_level import GPT4_PATTERN
 from tessera.tokenization.word_counts import SPACES_PARTS, SPACES_PATTERN, count_words, cut_text
@@ -120,6 +124,25 @@ def test_words_of_sentencepiece_are_split_where_no_piece_goes_on():
             "  ",
         )
     ]
+
+
+def test_processes_take_no_module_from_the_folder_of_the_program_or_of_the_user(
+    small_limits, corpus, monkeypatch, tmp_path
+):
+    program = shutil.copy(word_counts.__file__, tmp_path)
+    for folder in (tmp_path, tmp_path / "user"):
+        folder.mkdir(exist_ok=True)
+        for name in ("heapq", "runpy", "statistics"):
+            (folder / f"{name}.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(word_counts, "__file__", program)
+    monkeypatch.chdir(tmp_path / "user")
+    expected = Counter(word for text in corpus for word in words_of_the_library(text))
+    assert count_words(corpus, GPT4_PATTERN, workers=2).counts == expected
+
+
+def test_no_file_is_called_as_a_module_of_the_standard_library():
+    names = {path.stem for path in Path(tokenization.__file__).parent.glob("*.py")}
+    assert "word_counts" in names and not names & sys.stdlib_module_names
 
 
 def test_a_process_that_dies_is_an_error_and_not_a_hang(small_limits, corpus, monkeypatch, tmp_path):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-from .codecs import Codec, show_bytes
+from .reference_codecs import Codec, show_bytes
 
 # kind of text -> what the figure is called
 KINDS = {
