@@ -14,8 +14,8 @@ tokens to be predicted: each token of the corpus is one exactly once. What a row
 
 import contextlib
 import json
-import os
 import shutil
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,10 +86,13 @@ def write_plan(bounds: np.ndarray, length: int, folder: Path, window: int = WIND
         ValueError: if there is nothing to pack.
         OSError: if it cannot be written.
     """
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # A name of its own also where other machines write to this disk, as process ids may be equal there.
+    naming = {"prefix": f".{folder.name}.", "suffix": ".partial", "dir": folder.parent}
+    with tempfile.TemporaryDirectory(**naming, ignore_cleanup_errors=True) as scratch:
+        # One more below it, as a temporary folder itself is closed to other users.
+        aside = Path(scratch) / folder.name
+        aside.mkdir()
         pieces = rows = targets = 0
         with (
             (aside / "starts.bin").open("wb") as starts_file,
@@ -112,8 +115,6 @@ def write_plan(bounds: np.ndarray, length: int, folder: Path, window: int = WIND
             # Another process may be faster, and has written the same.
             with contextlib.suppress(OSError):
                 aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     plan = read_plan(folder)
     if plan is None:
         raise OSError(f"{folder} cannot be written")
@@ -127,10 +128,11 @@ def read_plan(folder: Path) -> Plan | None:
         starts = np.memmap(folder / "starts.bin", dtype="<u8", mode="r")
         lengths = np.memmap(folder / "lengths.bin", dtype="<u4", mode="r")
         ends = np.memmap(folder / "ends.bin", dtype="<u8", mode="r")
-    except (OSError, ValueError):
+        expected = notes["pieces"], notes["pieces"], notes["pieces"], notes["rows"], RULE
+    except (KeyError, OSError, TypeError, ValueError):  # TypeError: no object
         return None
-    whole = len(starts) == len(lengths) == notes["pieces"] == ends[-1] and len(ends) == notes["rows"]
-    return Plan(starts, lengths, ends) if whole and notes["rule"] == RULE else None
+    found = len(starts), len(lengths), int(ends[-1]), len(ends), notes.get("rule")
+    return Plan(starts, lengths, ends) if found == expected else None
 
 
 # ---- window by window ----

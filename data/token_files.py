@@ -15,8 +15,7 @@ Folders that others have tokenized need less: both `.bin`, a `data_meta.json` th
 """
 
 import json
-import os
-import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -226,17 +225,19 @@ def _find_tokenizer(folder: Path) -> Path | None:
     if not (converted / "tokenizer.json").is_file():
         from tessera.tokenization import import_tokenizer
 
-        # Several processes of one run may get here at once: each has its own name, the first to end wins.
-        aside = folder / f".tokenizer-{os.getpid()}.partial"
-        try:
+        # Several processes of one run, on several machines, may get here at once: each has its own name, the
+        # first to end wins.
+        naming = {"prefix": ".tokenizer-", "suffix": ".partial", "dir": folder}
+        with tempfile.TemporaryDirectory(**naming, ignore_cleanup_errors=True) as scratch:
+            # One below it, as a temporary folder itself is closed to other users.
+            aside = Path(scratch) / "tokenizer"
             # Without chat tokens, which would be ids that the tokens were not made with.
             import_tokenizer(str(models[0]), chat=False).save_pretrained(aside)
-            aside.rename(converted)
-        except OSError:
-            if not (converted / "tokenizer.json").is_file():
-                raise
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            try:
+                aside.rename(converted)
+            except OSError:
+                if not (converted / "tokenizer.json").is_file():
+                    raise
     return converted
 
 

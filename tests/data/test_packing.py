@@ -126,6 +126,31 @@ def test_a_plan_is_the_same_every_time_and_from_its_files(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows"]
 
 
+@pytest.mark.parametrize("notes", ["{}", '{"rule": 1}', "[]", "7", "null"])
+def test_notes_of_something_else_are_no_plan(notes, tmp_path):
+    bounds = bounds_of([5] * 100)
+    plan = rows_of(write_plan(bounds, 16, tmp_path / "rows"))
+    (tmp_path / "rows" / "plan.json").write_text(notes)
+    assert read_plan(tmp_path / "rows") is None
+    assert rows_of(write_plan(bounds, 16, tmp_path / "rows")) == plan
+
+
+def test_a_process_of_the_same_number_elsewhere_does_not_disturb(monkeypatch, tmp_path):
+    bounds = bounds_of([5] * 100)
+    windows = packing._plan_windows
+
+    def overtaken(*arguments):
+        monkeypatch.setattr(packing, "_plan_windows", windows)
+        write_plan(bounds, 16, tmp_path / "rows")  # with the same process id, since it is this one
+        return windows(*arguments)
+
+    monkeypatch.setattr(packing, "_plan_windows", overtaken)
+    assert rows_of(write_plan(bounds, 16, tmp_path / "rows")) == rows_of(plan_rows(bounds, 16))
+    assert [path.name for path in tmp_path.iterdir()] == ["rows"]
+    (tmp_path / "usual").mkdir()
+    assert (tmp_path / "rows").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 @pytest.mark.parametrize("damage", ["plan.json", "starts.bin", "ends.bin"])
 def test_a_plan_that_is_not_whole_is_made_again(damage, tmp_path):
     bounds = bounds_of([5] * 100)

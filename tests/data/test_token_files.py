@@ -11,7 +11,7 @@ import pytest
 from local_hub import LocalHub
 from transformers import AutoTokenizer
 
-from tessera import build_byte_tokenizer, cli
+from tessera import build_byte_tokenizer, cli, tokenization
 from tessera.data.mixing import Source
 from tessera.data.prepare import prepare
 from tessera.data.token_files import (
@@ -224,6 +224,30 @@ def test_tokens_that_others_made_are_read_as_they_are(foreign, tmp_path, dtype):
     assert not list(folder.glob("*.partial"))
     again = open_prepared(folder)  # reads what was converted
     assert again.tokenizer == data.tokenizer and again.val.num_bytes == data.val.num_bytes
+
+
+def test_a_process_of_the_same_number_elsewhere_does_not_disturb(foreign, tmp_path, monkeypatch):
+    folder = shutil.copytree(foreign, tmp_path / "foreign")
+    convert = tokenization.import_tokenizer
+
+    def overtaken(*arguments, **options):
+        monkeypatch.setattr(tokenization, "import_tokenizer", convert)
+        converted = convert(*arguments, **options)
+        save = converted.save_pretrained
+
+        def save_late(aside):
+            aside.mkdir()
+            (aside / "begun").touch()
+            open_prepared(folder)  # with the same process id, since it is this one
+            assert (aside / "begun").is_file()
+            save(aside)
+
+        converted.save_pretrained = save_late
+        return converted
+
+    monkeypatch.setattr(tokenization, "import_tokenizer", overtaken)
+    assert len(AutoTokenizer.from_pretrained(open_prepared(folder).tokenizer)) == 300
+    assert not list(folder.glob(".tokenizer-*"))
 
 
 def test_tokens_that_others_made_are_shown(foreign, tmp_path, capsys):
