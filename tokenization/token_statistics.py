@@ -5,7 +5,7 @@ What belongs here: figures about tokenizers, and their tables. The texts of each
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 
@@ -42,6 +42,7 @@ class TokenizerInfo:
         single_bytes: ids that stand for a single byte.
         longest: the longest tokens, white space aside, with their ids; none where tokens have no fixed bytes.
         unreached: how many tokens their own text, alone, is not encoded to, and some of them.
+        others: bytes per token of other tokenizers, by their names.
     """
 
     name: str
@@ -52,6 +53,7 @@ class TokenizerInfo:
     single_bytes: int
     longest: list[tuple[int, bytes]]
     unreached: tuple[int, list[int]]
+    others: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def report(self) -> str:
         """All of it for people."""
@@ -62,8 +64,7 @@ class TokenizerInfo:
         lines = [
             f"{self.name} ({self.library})",
             f"{self.vocab_size:,} tokens, of which {len(ordered)} special: {', '.join(special) or 'none'}",
-            "bytes per token:",
-            *(f"  {name:<14} {value:5.2f}" for name, value in self.bytes_per_token.items()),
+            self._bytes_per_token(),
         ]
         if self.longest:
             longest = ", ".join(f"{show_bytes(piece)} {index}" for index, piece in self.longest)
@@ -76,9 +77,20 @@ class TokenizerInfo:
             ]
         return "\n".join(lines)
 
+    def _bytes_per_token(self) -> str:
+        if not self.others:
+            rows = [f"  {kind:<14} {value:5.2f}" for kind, value in self.bytes_per_token.items()]
+            return "\n".join(["bytes per token:", *rows])
+        table = [["bytes per token", "this one", *map(_last_part, self.others)]]
+        for kind, value in self.bytes_per_token.items():
+            table.append(
+                [f"  {kind}", *(f"{x:.2f}" for x in (value, *(o[kind] for o in self.others.values())))]
+            )
+        return _aligned(table)
 
-def describe(codec: Codec) -> TokenizerInfo:
-    """Figures of one tokenizer."""
+
+def describe(codec: Codec, others: Iterable[Codec] = ()) -> TokenizerInfo:
+    """Figures of one tokenizer; of others, for comparison, bytes per token."""
     pieces = codec.table.pieces if codec.table else []
     dense = sorted(
         ((index, piece) for index, piece in enumerate(pieces) if _has_no_long_space(piece)),
@@ -89,11 +101,16 @@ def describe(codec: Codec) -> TokenizerInfo:
         codec.library,
         _size(codec),
         dict(codec.special_tokens),
-        {title: bytes_per_token(codec, [sample(kind)]) for kind, title in KINDS.items()},
+        _by_kind(codec),
         sum(len(piece) == 1 for piece in pieces),
         dense[:LONGEST],
         _unreached(codec, pieces),
+        {other.name: _by_kind(other) for other in others},
     )
+
+
+def _by_kind(codec: Codec) -> dict[str, float]:
+    return {title: bytes_per_token(codec, [sample(kind)]) for kind, title in KINDS.items()}
 
 
 def bytes_per_token(codec: Codec, texts: Iterable[str]) -> float:
@@ -125,13 +142,21 @@ def compare_table(codecs: list[Codec], texts: list[str] | None = None) -> str:
     rows = {title: [sample(kind)] for kind, title in KINDS.items()}
     if texts:
         rows["your text"] = texts
-    names = [codec.name.rstrip("/").rsplit("/", 1)[-1] for codec in codecs]
+    names = [_last_part(codec.name) for codec in codecs]
     if len(set(names)) < len(names):
         names = [codec.name for codec in codecs]
     table = [["bytes per token", *names]]
     for title, documents in rows.items():
         table.append([title, *(f"{bytes_per_token(codec, documents):.2f}" for codec in codecs)])
     table.append(["tokens", *(f"{_size(codec):,}" for codec in codecs)])
+    return _aligned(table)
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _aligned(table: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join(
         "  ".join(

@@ -129,8 +129,17 @@ def verify(
     raise typer.Exit(0 if equal else 1)
 
 
-# Compared with when only one tokenizer is given, as far as tiktoken has them or can get them.
-PUBLISHED = ("gpt2", "cl100k_base", "o200k_base")
+Published = Annotated[
+    bool,
+    typer.Option(
+        "--published/--no-published",
+        help="Figures of GPT-2's, cl100k, o200k and Mistral's beside it, as far as they are to be had.",
+    ),
+]
+
+
+def _say_without(sentence: str) -> None:
+    typer.echo(sentence, err=True)
 
 
 @app.command()
@@ -139,13 +148,16 @@ def info(
     encoding: Annotated[
         str | None, typer.Option("--as", help="Encoding of a rank file, where its name does not tell.")
     ] = None,
+    published: Published = True,
 ) -> None:
     """Tell what a tokenizer is like: size, tokens, bytes per token by kind of text."""
+    from tessera.tokenization.published import open_published
     from tessera.tokenization.reference_codecs import open_codec
     from tessera.tokenization.token_statistics import describe
 
     silence_transformers()
-    typer.echo(describe(open_codec(tokenizer, encoding=encoding)).report())
+    codec = open_codec(tokenizer, encoding=encoding)
+    typer.echo(describe(codec, open_published(tokenizer, _say_without) if published else ()).report())
 
 
 @app.command()
@@ -158,25 +170,30 @@ def compare(
     split: Annotated[str, typer.Option(help="Split of Hub datasets.")] = "train",
     name: Annotated[str | None, typer.Option(help="Configuration of Hub datasets.")] = None,
     limit_mb: Annotated[float, typer.Option(help="Megabytes of --data to read at most; 0 for all.")] = 10.0,
+    encodings: Annotated[
+        list[str] | None,
+        typer.Option("--as", help="FILE=ENCODING of a rank file of any name; may be given again."),
+    ] = None,
+    published: Published = True,
 ) -> None:
     """Table of bytes per token by kind of text.
 
-    One tokenizer is compared with GPT-2's, cl100k_base and o200k_base, as far as they are to be had.
+    One tokenizer is compared with GPT-2's, cl100k, o200k and Mistral's, as far as they are to be had.
     """
     from tessera.data.sources import read_texts
+    from tessera.tokenization.published import open_published
     from tessera.tokenization.reference_codecs import open_codec
     from tessera.tokenization.token_statistics import compare_table
 
     if limit_mb < 0:
         raise ValueError(f"--limit-mb must be 0 (all) or more, got {limit_mb:g}")
     silence_transformers()
-    codecs = [open_codec(given) for given in tokenizers]
-    if len(codecs) == 1:
-        for published in PUBLISHED:
-            try:
-                codecs.append(open_codec(published))
-            except ValueError as error:
-                typer.echo(f"without {published}: {error}", err=True)
+    named = {file: encoding for file, _, encoding in (item.rpartition("=") for item in encodings or [])}
+    if unknown := [file for file in named if file not in tokenizers]:
+        raise ValueError(f"--as is FILE=ENCODING of a tokenizer that is given; {unknown[0]!r} is none")
+    codecs = [open_codec(given, encoding=named.get(given)) for given in tokenizers]
+    if len(codecs) == 1 and published:
+        codecs += open_published(tokenizers[0], _say_without)
     limit = int(limit_mb * 1e6) if limit_mb else None
     texts = list(read_texts(data, column=column, split=split, name=name, limit_bytes=limit)) if data else None
     typer.echo(compare_table(codecs, texts))

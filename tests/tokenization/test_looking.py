@@ -1,9 +1,13 @@
 """Looking at tokenizers: the bytes of each token, figures and tables, a text coloured by token."""
 
+import base64
 import io
 import re
+import shutil
+import time
 from html.parser import HTMLParser
 
+import huggingface_hub
 import numpy as np
 import pytest
 import sentencepiece
@@ -11,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tessera import cli
-from tessera.tokenization import import_tokenizer
+from tessera.tokenization import import_tokenizer, published
 from tessera.tokenization.page import page, show_tokens
 from tessera.tokenization.probes import adversarial_texts
 from tessera.tokenization.reference_codecs import open_codec
@@ -129,7 +133,7 @@ def test_info_finds_longest_and_unreached_tokens(trained):
 
 
 def test_the_commands_print_figures_and_a_table(trained, tmp_path, capsys):
-    code, out, _ = run(capsys, "tokenizer", "info", trained["bytes"])
+    code, out, _ = run(capsys, "tokenizer", "info", trained["bytes"], "--no-published")
     assert code == 0 and "270 tokens, of which 14 special: <|endoftext|> 256, " in out
     assert re.search(r"English prose +1\.00", out)
     (tmp_path / "own.txt").write_text("ka ren mi lo " * 20)
@@ -139,6 +143,55 @@ def test_the_commands_print_figures_and_a_table(trained, tmp_path, capsys):
     assert code == 0 and rows["tokens"] == ["270", "700"] and list(rows)[1:6] == list(KINDS.values())
     expected = bytes_per_token(open_codec(trained["bpe"]), ["ka ren mi lo " * 20])
     assert rows["your text"] == ["1.00", f"{expected:.2f}"]
+
+
+MISTRAL = "mistralai/Mistral-7B-v0.1"
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """An empty cache of the Hub's, and nobody who answers for the Hub."""
+    monkeypatch.setattr(published, "PUBLISHED", (MISTRAL,))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    return tmp_path / "cache"
+
+
+def test_figures_stand_beside_those_of_published_tokenizers(
+    prefixed, trained, hub_cache, capsys
+):
+    folder = hub_cache / f"models--{MISTRAL.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("abc")
+    (folder / "snapshots" / "abc").mkdir(parents=True)
+    shutil.copy(prefixed / "tokenizer.json", folder / "snapshots" / "abc")
+    own, other = (
+        f"{bytes_per_token(open_codec(x), [sample('code')]):.2f}" for x in (trained["bpe"], prefixed)
+    )
+    for command in ("info", "compare"):
+        code, out, err = run(capsys, "tokenizer", command, trained["bpe"])
+        assert code == 0 and err == "" and "Mistral-7B-v0.1" in out
+        assert re.search(rf"code +{own} +{other}\n", out)
+        code, out, err = run(capsys, "tokenizer", command, trained["bpe"], "--no-published")
+        assert code == 0 and err == "" and "Mistral" not in out and re.search(rf"code +{own}\n", out)
+
+
+def test_a_published_tokenizer_that_is_not_to_be_had_is_a_line_at_once(trained, hub_cache, capsys):
+    begun = time.monotonic()
+    code, out, err = run(capsys, "tokenizer", "info", trained["bytes"])
+    assert time.monotonic() - begun < 10 and code == 0 and re.search(r"English prose +1\.00\n", out)
+    assert err.startswith(f"without {MISTRAL}: it is not in the Hub's cache here") and err.count("\n") == 1
+
+
+def test_a_rank_file_of_any_name_is_compared_by_its_encoding(tmp_path, capsys):
+    lines = (f"{base64.b64encode(bytes([b])).decode()} {b}\n" for b in range(256))
+    (tmp_path / "ranks").write_text("".join(lines))
+    arguments = ["tokenizer", "compare", tmp_path / "ranks", "--no-published"]
+    assert run(capsys, *arguments)[0] == 2
+    code, out, _ = run(capsys, *arguments, "--as", f"{tmp_path / 'ranks'}=cl100k_base")
+    assert code == 0 and re.search(r"English prose +1\.00", out)
+    code, _, err = run(capsys, *arguments, "--as", "cl100k_base")
+    assert code == 2 and "--as is FILE=ENCODING of a tokenizer that is given" in err
 
 
 # ---- the page ----
