@@ -23,6 +23,7 @@ _TERMINAL = (
     "\x1b[48;5;229;30m",
 )
 _RESET = "\x1b[0m"
+_BAR = "|"
 _MARKS = {"\n": "↵", "\r": "␍", "\t": "→"}
 
 
@@ -73,12 +74,20 @@ def _mark(c: str) -> str:
     return f"⟨{ord(c):X}⟩"
 
 
-def terminal_text(codec: Codec, text: str) -> str:
-    """The text with each token on a coloured ground, and a line on how many there are."""
+def terminal_text(codec: Codec, text: str, color: bool = True) -> str:
+    """The text with each token on a coloured ground, and a line on how many there are.
+
+    Args:
+        codec: the tokenizer.
+        text: the text.
+        color: without it, a bar stands between tokens.
+    """
     parts = []
     tokens = list(show_tokens(codec, text))
     for number, token in enumerate(tokens):
-        parts.append(f"{_TERMINAL[number % COLOURS]}{token.text}{_RESET}" + "\n" * token.breaks)
+        between = "" if number == 0 or tokens[number - 1].breaks else _BAR
+        drawn = f"{_TERMINAL[number % COLOURS]}{token.text}{_RESET}" if color else between + token.text
+        parts.append(drawn + "\n" * token.breaks)
     return "".join(parts).rstrip("\n") + "\n" + _summary(codec, text, len(tokens))
 
 

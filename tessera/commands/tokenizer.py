@@ -209,6 +209,8 @@ def show(
     ] = None,
 ) -> None:
     """Show a text coloured by token: in the terminal, or as a page with ids on hover."""
+    import os
+    import sys
     from pathlib import Path
 
     from tessera.tokenization.page import page, terminal_text
@@ -223,8 +225,14 @@ def show(
     silence_transformers()
     codec = open_codec(tokenizer)
     if output is None:
-        typer.echo(terminal_text(codec, text), color=True)
+        color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        typer.echo(terminal_text(codec, text, color))
         return
     title = Path(file).name if file is not None else "A text"
-    Path(output).write_text(page(codec, text, title), encoding="utf-8")
+    html = page(codec, text, title)
+    try:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        Path(output).write_text(html, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"the page cannot be written to {output}: {error.strerror}") from error
     typer.echo(f"page: {output}")

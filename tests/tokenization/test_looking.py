@@ -4,6 +4,7 @@ import base64
 import io
 import re
 import shutil
+import sys
 import time
 from html.parser import HTMLParser
 
@@ -157,9 +158,7 @@ def hub_cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_figures_stand_beside_those_of_published_tokenizers(
-    prefixed, trained, hub_cache, capsys
-):
+def test_figures_stand_beside_those_of_published_tokenizers(prefixed, trained, hub_cache, capsys):
     folder = hub_cache / f"models--{MISTRAL.replace('/', '--')}"
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text("abc")
@@ -239,8 +238,34 @@ def test_hard_texts_make_a_page_and_a_terminal_text(trained, tmp_path, capsys):
     spans = _Spans()
     spans.feed((tmp_path / "page.html").read_text(encoding="utf-8"))
     assert len(spans.hovers) == len(open_codec(trained["bpe"]).encode(text))
-    code, out, _ = run(capsys, "tokenizer", "show", trained["bpe"], "ka ren")
-    assert code == 0 and re.sub(r"\x1b\[[\d;]*m", "", out).startswith("ka ren\n6 bytes, ") and "\x1b[" in out
+
+
+def test_only_a_terminal_gets_colours(trained, monkeypatch, capsys):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    arguments = ["tokenizer", "show", trained["bpe"], "ka\nren"]
+    codec = open_codec(trained["bpe"])
+    tokens = [token.text + "\n" * token.breaks for token in show_tokens(codec, "ka\nren")]
+    plain = "|".join(tokens).replace("\n|", "\n") + f"\n6 bytes, {len(tokens)} tokens"
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0 and out.startswith(plain)
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True, raising=False)
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0 and out.count("\x1b[0m") == len(tokens)
+    assert re.sub(r"\x1b\[[\d;]*m", "", out).startswith("".join(tokens) + "\n6 bytes, ")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert run(capsys, *arguments)[1].startswith(plain)
+
+
+def test_a_page_goes_into_a_new_folder_and_where_it_cannot_be_it_is_said(trained, tmp_path, capsys):
+    arguments = ["tokenizer", "show", trained["bytes"], "ka", "--output"]
+    assert run(capsys, *arguments, tmp_path / "new" / "page.html")[0] == 0
+    assert (tmp_path / "new" / "page.html").read_text().startswith("<!DOCTYPE html>")
+    for path, reason in (
+        (tmp_path, "Is a directory"),
+        (tmp_path / "new" / "page.html" / "x.html", "(File exists|Not a directory)"),
+    ):
+        code, _, err = run(capsys, *arguments, path)
+        assert code == 2 and re.search(f"the page cannot be written to {re.escape(str(path))}: {reason}", err)
 
 
 @pytest.mark.parametrize(
