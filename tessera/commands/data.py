@@ -58,8 +58,8 @@ def prepare(
         typer.Option(help="Show so many dropped documents of each reason; also in dropped_examples.jsonl."),
     ] = 0,
     seed: Annotated[int, typer.Option(help="Of the order in which Hub datasets are read.")] = 0,
-    column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
-    split: Annotated[str, typer.Option(help="Split of Hub datasets.")] = "train",
+    column: Annotated[str | None, typer.Option(help="Column that holds the text; default: text.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of Hub datasets; default: train.")] = None,
     name: Annotated[str | None, typer.Option(help="Configuration of Hub datasets, such as en.")] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew instead of going on after an earlier call.")
@@ -78,9 +78,15 @@ def prepare(
 
     if (preset is None) == (not data):
         raise ValueError("give either --data or --preset")
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    options = {"column": column, "split": split, "name": name}
+    where = {option: value for option, value in options.items() if value is not None}
     if preset is None:
-        sources = [parse_source(source, column=column, split=split, name=name) for source in data]
+        sources = [parse_source(source, **where) for source in data]
     else:
+        if where:
+            raise ValueError(f"--{next(iter(where))} is for --data; a --preset says itself where its text is")
         if preset not in MIXTURES:
             raise ValueError(f"there is no mixture {preset!r}; there are {', '.join(MIXTURES)}")
         sources = list(MIXTURES[preset].sources)
@@ -95,7 +101,7 @@ def prepare(
         val_fraction=val_fraction,
         val_data=val_data,
         filters=choose_filters(filters or ("basic" if preset else "none"), min_chars, language),
-        workers=workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else [0]),
+        workers=workers,
         seed=seed,
         explain=explain,
         restart=restart,

@@ -19,7 +19,7 @@ from local_hub import LocalHub
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tessera import build_byte_tokenizer
+from tessera import build_byte_tokenizer, cli
 from tessera.data.encoding_pass import IN_FLIGHT
 from tessera.data.filters import Filters, choose_filters
 from tessera.data.mixing import MIXTURES, Source, parse_source
@@ -533,3 +533,22 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         tracemalloc.stop()
     assert (tmp_path / "out4" / "train.bin").stat().st_size > 2e7
     assert peaks[1] < 1.2 * peaks[0] < 2e7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--data", "text.txt", "--workers", "0"], "the number of workers must be at least 1, got 0"),
+        (["--data", "text.txt", "--workers", "-2"], "the number of workers must be at least 1, got -2"),
+        (["--preset", "c4-wikipedia", "--column", "text"], "--column is for --data"),
+        (["--preset", "c4-wikipedia", "--split", "train"], "--split is for --data"),
+        (["--preset", "c4-wikipedia", "--name", "en"], "--name is for --data"),
+    ],
+)
+def test_options_that_would_go_unheard_are_refused(tmp_path, monkeypatch, capsys, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("One.\n<|endoftext|>\nTwo.\n" * 9)
+    with pytest.raises(SystemExit) as exit:
+        cli.run(["data", "prepare", *arguments, "--output", "out"])
+    assert exit.value.code == 2 and sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
