@@ -78,6 +78,7 @@ def merge_shards(work: Path, output: Path, tokenizer: Path | None, given: dict[s
         "filters": {**given["filters"], "dropped": dict(dropped), "lines_dropped": dict(lines)},
         "val_fraction": given["val_fraction"],
         "val_data": None,
+        "val_drawn_by": "hash",  # of each document alone: tasks know nothing of the others
         "token_budget": None,
         "seed": None,
     }

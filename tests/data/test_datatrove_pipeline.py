@@ -95,6 +95,7 @@ def test_tasks_keep_what_one_process_keeps(tmp_path, corpus, words, with_tokeniz
     assert meta["train"]["documents"] + meta["val"]["documents"] == 117
     same = ("format", "dtype", "vocab_size", "eos_token_id", "tokenizer_sha256", "val_fraction")
     assert [meta[key] for key in same] == [ours[key] for key in same] and set(meta) == set(ours)
+    assert meta["val_drawn_by"] == ours["val_drawn_by"] == "hash"
     assert meta["sources"][0]["read"] == 120 and meta["sources"][0]["documents"] == 117
     assert meta["sources"][0]["tokens"] == meta["train"]["tokens"] + meta["val"]["tokens"]
     examples = [json.loads(line) for file in work.glob("dropped/*/*") for line in file.open()]
