@@ -29,12 +29,11 @@ import numpy as np
 from .deduplication import BANDS, DUPLICATE, NEAR_DUPLICATE, fingerprint, minhash
 from .dropped import DroppedExamples
 from .encoding import build_encoder
-from .files import list_files
 from .filters import Filters
 from .merging import merge_shards
 from .mixing import BATCH, Source
 from .prepare import _keep_tokenizer
-from .sources import read_file
+from .sources import document_of, read_file, source_files
 from .token_files import DTYPES, SPLITS
 
 try:
@@ -112,6 +111,8 @@ def build_stages(
         raise ValueError(f"the share to hold out must be between 0 and 1, got {val_fraction}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder; give another, or remove it first")
+    for source in sources:
+        source_files(source.source, source.split)  # says what is not there, before any task runs
     work.mkdir(parents=True, exist_ok=True)
     kept_tokenizer = work / "tokenizer" if tokenizer else None
     if kept_tokenizer:
@@ -194,16 +195,16 @@ class ReadSources(PipelineStep):
         """Yields documents with the number of their source as metadata."""
         files = []
         for number, source in enumerate(self.sources):
-            path = Path(source.source).expanduser()
-            if path.exists():
-                files += [(number, file) for file in list_files(path)]
-            else:
+            here = source_files(source.source, source.split)
+            files += [(number, file) for file in here]
+            if not here:
                 options = {"split": source.split} | ({"name": source.name} if source.name else {})
                 reader = HuggingFaceDatasetReader(
                     source.source, options, streaming=True, text_key=source.column
                 )
                 for document in reader.run(None, rank, world_size):
-                    yield Document(text=document.text, id=document.id, metadata={"source": number})
+                    if text := document_of(document.text):
+                        yield Document(text=text, id=document.id, metadata={"source": number})
         for number, file in files[rank::world_size]:
             for i, text in enumerate(read_file(file, self.sources[number].column)):
                 yield Document(text=text, id=f"{file}/{i}", metadata={"source": number})

@@ -87,14 +87,24 @@ def read_source(
     seed: int | None = None,
 ) -> Iterator[str]:
     """Reads one source; arguments and errors are those of `read_texts`."""
+    files = source_files(source, split)
+    texts = _read_files(files, column) if files else _read_hub(source, column, split, name, streaming, seed)
+    return _without_empty(texts, source)
+
+
+def source_files(source: str, split: str = "train") -> list[Path]:
+    """The files that a source is read from, in their order; none of a dataset on the Hub.
+
+    Raises:
+        ValueError: if it is neither here nor written as a Hub dataset, if nothing in it can be read, or where
+            `datasets` saved several splits, if that one is not among them.
+    """
     path = Path(source).expanduser()
     if source and path.exists():  # an empty one would be the current folder
-        texts = _read_files(list_files(_of_split(path, split)), column)
-    elif re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and kind(path) is None:
-        texts = _read_hub(source, column, split, name, streaming, seed)
-    else:
-        raise ValueError(f"there is no file or folder {source}, and a Hub dataset is written org/name")
-    return _without_empty(texts, source)
+        return list_files(_of_split(path, split))
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and kind(path) is None:
+        return []
+    raise ValueError(f"there is no file or folder {source}, and a Hub dataset is written org/name")
 
 
 def read_documents(path: str | Path) -> list[bytes]:
@@ -122,7 +132,21 @@ def read_documents(path: str | Path) -> list[bytes]:
 
 def read_file(file: Path, column: str = "text") -> Iterator[str]:
     """Reads one file of a source; it may be empty. Documents and errors are those of `read_texts`."""
-    return (_encodable(text) for text in _read_files([file], column) if text and not text.isspace())
+    return filter(None, map(document_of, _read_files([file], column)))
+
+
+def document_of(text: str) -> str:
+    """What a text gives as a document: nothing if it is white space, else itself as UTF-8 can hold it.
+
+    Lone surrogates, which JSON can spell and UTF-8 cannot, become U+FFFD.
+    """
+    if text.isspace():
+        return ""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _read_all(streams: list[Iterator[str]], limit_bytes: int | None) -> Iterator[str]:
@@ -146,21 +170,11 @@ def _read_all(streams: list[Iterator[str]], limit_bytes: int | None) -> Iterator
 
 def _without_empty(texts: Iterator[str], source: str) -> Iterator[str]:
     found = False
-    for text in texts:
-        if text and not text.isspace():
-            found = True
-            yield _encodable(text)
+    for document in filter(None, map(document_of, texts)):
+        found = True
+        yield document
     if not found:
         raise ValueError(f"{source} is empty: there is no text in it")
-
-
-def _encodable(text: str) -> str:
-    """The text with U+FFFD for lone surrogates, which JSON can spell and UTF-8 cannot."""
-    try:
-        text.encode("utf-8")
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 # ---- files ----

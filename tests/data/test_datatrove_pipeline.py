@@ -7,16 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset, DatasetDict, IterableDataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tessera.data.filters import choose_filters
 from tessera.data.mixing import Source
 from tessera.data.prepare import prepare
+from tessera.data.sources import read_source
 from tessera.data.token_files import open_prepared
 
 pytest.importorskip("datatrove", reason="an optional extra")
-from tessera.data.datatrove_pipeline import build_stages, run_local  # noqa: E402
+from tessera.data.datatrove_pipeline import ReadSources, build_stages, run_local  # noqa: E402
 
 WORDS = [f"{a}{b}" for a in "bcdfgh" for b in ("ale", "ore", "int", "ust")]
 
@@ -114,6 +116,36 @@ def test_exact_duplicates_alone_leave_near_ones(tmp_path, corpus):
     run_local(stages, work)  # nothing is left to do
 
 
+def test_tasks_read_what_one_process_reads(tmp_path, monkeypatch):
+    """Of saved splits the one that is named; of the Hub no white space and no lone surrogates."""
+    texts = ["a b", " \n", "c \ud800 d", "e", "f"]
+    saved = tmp_path / "saved"
+    DatasetDict(
+        train=Dataset.from_list([{"text": "of train"}, {"text": "\t"}]),
+        test=Dataset.from_list([{"text": "of test"}]),
+    ).save_to_disk(str(saved))
+
+    def rows():
+        yield from ({"text": text} for text in texts)
+
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: IterableDataset.from_generator(rows))
+    sources = [Source(str(saved)), Source(str(saved), split="test"), Source("org/name")]
+    read = [
+        (document.metadata["source"], document.text)
+        for rank in range(2)
+        for document in ReadSources(sources).run(None, rank, 2)
+    ]
+    alone = [
+        (number, text)
+        for number, source in enumerate(sources)
+        for text in read_source(source.source, split=source.split)
+    ]
+    assert sorted(read) == alone
+    assert alone == [(0, "of train"), (1, "of test")] + [
+        (2, text) for text in ("a b", "c \ufffd d", "e", "f")
+    ]
+
+
 def test_the_list_goes_to_the_executor_for_slurm_as_it_is(tmp_path, corpus):
     from prepare_with_datatrove import slurm_executors
 
@@ -132,6 +164,7 @@ def test_the_list_goes_to_the_executor_for_slurm_as_it_is(tmp_path, corpus):
         ({"sources": [Source("x", weight=1.0)]}, "x has a weight"),
         ({"tasks": 0}, "at least one task"),
         ({"val_fraction": 1.0}, "between 0 and 1"),
+        ({"sources": [Source("nowhere")]}, "no file or folder nowhere"),
     ],
 )
 def test_what_cannot_work_is_refused(tmp_path, given, sentence):
