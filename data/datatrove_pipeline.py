@@ -26,15 +26,18 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import file_states, require_same
 from .deduplication import BANDS, DUPLICATE, NEAR_DUPLICATE, fingerprint, minhash
 from .dropped import DroppedExamples
 from .encoding import build_encoder
 from .filters import Filters
+from .hashing import file_sha256
+from .journal import Journal
 from .merging import merge_shards
 from .mixing import BATCH, Source
 from .prepare import _keep_tokenizer
 from .sources import document_of, read_file, source_files
-from .token_files import DTYPES, SPLITS
+from .token_files import DTYPES, META, SPLITS
 
 try:
     from datatrove.data import Document
@@ -52,6 +55,11 @@ try:
     from datatrove.utils.hashing import HashConfig
 except ImportError as error:
     raise ImportError("this needs datatrove: pip install 'tessera-lm[datatrove]'") from error
+
+# What a work folder was begun with, and what tasks leave there; another number is not gone on from.
+ARGUMENTS = "arguments.json"
+LEFT = ("logs", "kept", "counts", "signatures", "tokens")
+WORK_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,8 @@ def build_stages(
 
     Args:
         sources: files, folders, Hub datasets; without weights. Files are what tasks divide among each other.
-        work: folder on a file system that all machines share, for what stands between stages.
+        work: folder on a file system that all machines share, for what stands between stages. It belongs to
+            the arguments of its first call.
         output: folder to write; it must not exist, or be empty.
         tokenizer: directory or Hub name; bytes if not given.
         filters: which documents to leave out; default: none.
@@ -96,7 +105,7 @@ def build_stages(
         explain: examples of dropped documents for each reason and task, in `<work>/dropped`.
 
     Raises:
-        ValueError: for what cannot work.
+        ValueError: for what cannot work; if `work` was begun with other arguments or other files.
     """
     work, output, filters = Path(work).resolve(), Path(output).resolve(), filters or Filters()
     if not sources:
@@ -111,13 +120,20 @@ def build_stages(
         raise ValueError(f"the share to hold out must be between 0 and 1, got {val_fraction}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and is not an empty folder; give another, or remove it first")
-    for source in sources:
-        source_files(source.source, source.split)  # says what is not there, before any task runs
-    work.mkdir(parents=True, exist_ok=True)
-    kept_tokenizer = work / "tokenizer" if tokenizer else None
-    if kept_tokenizer:
-        shutil.rmtree(kept_tokenizer, ignore_errors=True)
-        _keep_tokenizer(tokenizer, kept_tokenizer)
+    files = [file for source in sources for file in source_files(source.source, source.split)]
+    arguments = {
+        "format": WORK_FORMAT,
+        "data": [asdict(source) for source in sources],
+        "filters": json.loads(json.dumps(asdict(filters))),
+        "val_fraction": val_fraction,
+        "tasks": tasks,
+        "bucket_tasks": bucket_tasks,
+        "explain": explain,
+        "output": str(output),
+        "files": file_states(files),
+    }
+    kept_tokenizer = _begin(work, tokenizer, arguments)
+    _repeat_merge(work, output)
     kept = str(work / "kept")
     filtering = [ReadSources(sources), AskFilters(filters, work, explain), JsonlWriter(kept)]
     stages = [Stage("filter", filtering, tasks)]
@@ -158,18 +174,58 @@ def build_stages(
 def run_local(stages: list[Stage], work: str | Path, *, workers: int = 1) -> None:
     """Runs all stages on this machine; tasks that were through in an earlier call are not repeated.
 
+    But for the merge: if the output is gone, it is made again.
+
     Args:
         stages: what `build_stages` returned.
         work: the folder that it was given.
         workers: tasks at a time, in processes of their own.
     """
+    work = Path(work).resolve()
     for stage in stages:
+        if isinstance(stage.steps[-1], MergeShards):
+            _repeat_merge(work, stage.steps[-1].output)
         LocalPipelineExecutor(
             stage.steps,
             tasks=stage.tasks,
             workers=min(workers, stage.tasks),
-            logging_dir=str(Path(work).resolve() / "logs" / stage.name),
+            logging_dir=str(work / "logs" / stage.name),
         ).run()
+
+
+def _begin(work: Path, tokenizer: str | None, arguments: dict[str, Any]) -> Path | None:
+    """Makes a folder the one of these arguments, unless it is that of others.
+
+    Returns:
+        The copy of the tokenizer in it.
+    """
+    anew = "give another folder to work in, or remove it first"
+    journal, kept, given = Journal(work / ARGUMENTS, anew), work / "tokenizer", work / "tokenizer.new"
+    before = journal.read()
+    if before is None and (left := [name for name in LEFT if (work / name).exists()]):
+        raise ValueError(f"{work} holds {left[0]} but no {ARGUMENTS} that tells of what; {anew}")
+    work.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(given, ignore_errors=True)
+    try:
+        if tokenizer:
+            _keep_tokenizer(tokenizer, given)
+        arguments["tokenizer"] = file_sha256(given / "tokenizer.json") if tokenizer else None
+        if before is None:
+            shutil.rmtree(kept, ignore_errors=True)
+        else:
+            require_same(before, arguments, work, f"or {anew}")
+        if tokenizer and not kept.exists():
+            given.rename(kept)
+        journal.write(arguments)
+    finally:
+        shutil.rmtree(given, ignore_errors=True)
+    return kept if tokenizer else None
+
+
+def _repeat_merge(work: Path, output: Path) -> None:
+    """Has the merge run again if the folder that it wrote is gone."""
+    if not (output / META).is_file():
+        shutil.rmtree(work / "logs" / "merge" / "completions", ignore_errors=True)
 
 
 def _given(source: Source) -> dict[str, Any]:

@@ -130,10 +130,11 @@ class Journal:
 
     Args:
         path: where it is.
+        anew: what the user can do where it is damaged.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, anew: str = "begin anew with --restart"):
+        self.path, self.anew = path, anew
 
     def read(self) -> dict[str, Any] | None:
         """What was written last; None if nothing was.
@@ -146,9 +147,9 @@ class Journal:
         try:
             state = json.loads(self.path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{self.path} is damaged: {error}; begin anew with --restart") from error
+            raise ValueError(f"{self.path} is damaged: {error}; {self.anew}") from error
         if not isinstance(state, dict):
-            raise ValueError(f"{self.path} holds no object; begin anew with --restart")
+            raise ValueError(f"{self.path} holds no object; {self.anew}")
         return state
 
     def write(self, state: dict[str, Any]) -> None:

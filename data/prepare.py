@@ -21,15 +21,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+from .arguments import file_states, require_same
 from .encoding import EncodingPool, build_encoder, load_tokenizer
 from .encoding_pass import IN_FLIGHT, EncodingPass, NothingToKeep
-from .files import list_files
 from .filters import Filters
 from .hashing import file_sha256
 from .journal import Journal, sync_folder, write_durably
 from .mixing import BATCH, Source, open_streams
+from .sources import source_files
 from .token_files import FORMAT, META, SPLITS
 
 # Of what a call leaves for a later one; another number is not gone on from.
@@ -119,7 +119,14 @@ def prepare(
         "filters": json.loads(json.dumps(asdict(filters))),
         "seed": seed,
         "explain": explain,
-        "files": _list_files([source.source for source in sources] + (val_data or [])),
+        "files": file_states(
+            file
+            for source, split in [
+                *((source.source, source.split) for source in sources),
+                *((source, sources[0].split) for source in val_data or []),
+            ]
+            for file in source_files(source, split)
+        ),
         "batches": [BATCH, IN_FLIGHT],
     }
     with _claimed(partial):
@@ -139,7 +146,7 @@ def prepare(
                     given.rename(folder / "tokenizer")
             else:
                 shutil.rmtree(given, ignore_errors=True)
-                _require_same(mark["arguments"], arguments, partial)
+                require_same(mark["arguments"], arguments, partial, "or begin anew with --restart")
                 read = sum(stream["read"] for stream in mark["streams"])
                 print(f"going on after {read:,} documents, from {partial}", file=sys.stderr, flush=True)
             encoder = build_encoder(folder / "tokenizer" if tokenizer else None, filters, partial)
@@ -223,36 +230,6 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(path)
         elif path.name != "lock":
             path.unlink()
-
-
-def _list_files(sources: list[str]) -> dict[str, list[int]]:
-    """Size and time of change of every file that will be read from this machine."""
-    files = {}
-    for source in sources:
-        if source and Path(source).expanduser().exists():
-            for file in list_files(Path(source).expanduser()):
-                stat = file.stat()
-                files[str(file)] = [stat.st_size, stat.st_mtime_ns]
-    return files
-
-
-def _require_same(before: dict[str, Any], now: dict[str, Any], partial: Path) -> None:
-    """Whether going on gives what was begun.
-
-    Raises:
-        ValueError: if an argument or a file is another.
-    """
-    anew = "or begin anew with --restart"
-    other = [name for name in now if name != "files" and before.get(name) != now[name]]
-    if other:
-        raise ValueError(
-            f"{partial} was begun with another value of {', '.join(other)} "
-            f"({other[0]}: {before.get(other[0])}, now {now[other[0]]}); give the same, {anew}"
-        )
-    old, new = before["files"], now["files"]
-    if changed := sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)):
-        what = "is new" if changed[0] not in old else "is gone" if changed[0] not in new else "has changed"
-        raise ValueError(f"{changed[0]} {what} since {partial} was begun; put it back as it was, {anew}")
 
 
 def _keep_tokenizer(given: str, folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -113,7 +114,84 @@ def test_exact_duplicates_alone_leave_near_ones(tmp_path, corpus):
     run_local(stages, work)
     meta = open_prepared(out, verify=True).meta
     assert meta["filters"]["dropped"] == {"duplicate": 1}
+    written = (out / "train.bin").stat().st_mtime_ns
     run_local(stages, work)  # nothing is left to do
+    assert (out / "train.bin").stat().st_mtime_ns == written
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def times(folder: Path) -> list[tuple[str, int]]:
+    return sorted((str(file), file.stat().st_mtime_ns) for file in folder.rglob("*") if file.is_file())
+
+
+def test_a_work_folder_that_is_complete_makes_an_output_that_is_gone_again(tmp_path, corpus, words):
+    work, out = tmp_path / "work", tmp_path / "out"
+    given = {"tokenizer": words, "val_fraction": 0.2, "tasks": 2}
+    stages = build_stages([Source(corpus)], work, out, **given)
+    run_local(stages, work)
+    first, through = contents(out), times(work / "kept") + times(work / "tokens")
+    assert len(through) == 2 + 2 * 5
+    with pytest.raises(ValueError, match="out exists and is not an empty folder"):
+        build_stages([Source(corpus)], work, out, **given)
+    shutil.rmtree(out)
+    run_local(stages, work)
+    assert contents(out) == first
+    shutil.rmtree(out)
+    run_local(build_stages([Source(corpus)], work, out, **given), work)
+    assert contents(out) == first
+    assert times(work / "kept") + times(work / "tokens") == through  # nothing else ran again
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [
+        ({"val_fraction": 0.3}, r"another value of val_fraction \(val_fraction: 0.2, now 0.3\)"),
+        ({"tasks": 1}, r"another value of tasks \(tasks: 2, now 1\)"),
+        ({"bucket_tasks": 2}, "another value of bucket_tasks"),
+        ({"filters": choose_filters("basic")}, "another value of filters"),
+        ({"tokenizer": None}, "another value of tokenizer"),
+        ({"tokenizer": "changed"}, "another value of tokenizer"),
+        ({"output": "elsewhere"}, "another value of output"),
+        ({"sources": ["corpus/0.jsonl"]}, "another value of data"),
+        ({"append": "1.jsonl"}, r"1\.jsonl has changed since .*work was begun"),
+        ({"append": "new.jsonl"}, r"new\.jsonl is new since .*work was begun"),
+    ],
+)
+def test_a_work_folder_belongs_to_the_arguments_of_its_first_call(tmp_path, corpus, words, other, sentence):
+    given = {"sources": ["corpus"], "output": "out", "tokenizer": "words", "val_fraction": 0.2, "tasks": 2}
+
+    def build(sources, output, tokenizer, **rest):
+        tokenizer = tokenizer and str(tmp_path / tokenizer)
+        found = [Source(str(tmp_path / source)) for source in sources]
+        return build_stages(found, tmp_path / "work", tmp_path / output, tokenizer=tokenizer, **rest)
+
+    build(**given)
+    shutil.copytree(words, tmp_path / "changed")
+    changed = tmp_path / "changed" / "tokenizer.json"
+    changed.write_text(changed.read_text().replace("bale", "bail"))
+    before = contents(tmp_path / "work")
+    if "append" in other:
+        with (tmp_path / "corpus" / other["append"]).open("a") as file:
+            file.write(json.dumps({"text": "more"}) + "\n")
+        other = {}
+    with pytest.raises(ValueError, match=sentence):
+        build(**{**given, **other})
+    assert contents(tmp_path / "work") == before
+
+
+def test_a_work_folder_of_which_nothing_is_known_is_refused(tmp_path, corpus):
+    work, out = tmp_path / "work", tmp_path / "out"
+    (work / "tokens" / "00000").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"work holds tokens but no arguments\.json"):
+        build_stages([Source(corpus)], work, out)
+    shutil.rmtree(work)
+    build_stages([Source(corpus)], work, out)
+    (work / "arguments.json").write_text("{")
+    with pytest.raises(ValueError, match=r"arguments\.json is damaged: .*; give another folder to work in"):
+        build_stages([Source(corpus)], work, out)
 
 
 def test_tasks_read_what_one_process_reads(tmp_path, monkeypatch):
