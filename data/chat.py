@@ -27,6 +27,19 @@ TURN_TOKENS = (
     "<|assistant_start|>",
     "<|assistant_end|>",
 )
+# What an answer may hold of itself: thoughts, calls and code that a dataset has written out in its texts.
+CONTENT_MARKS = (
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
 
 ROLES = {
     "system": "system",
@@ -265,12 +278,33 @@ def find_problem(conversation: dict) -> str | None:
     return None
 
 
+def control_tokens(tokenizer) -> set[str]:
+    """Special tokens of a tokenizer that no text of a message may spell.
+
+    All but `CONTENT_MARKS` that its chat template writes: those cannot be told from a text's own.
+    """
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    template = str(tokenizer.chat_template)
+    return (special | set(tokenizer.all_special_tokens)) - {
+        mark for mark in CONTENT_MARKS if mark in template
+    }
+
+
+def spells(conversation: dict, tokens: set[str]) -> bool:
+    """Whether a text in a conversation, or in its tools, spells one of the tokens."""
+    return any(token in text for text in _texts(dict(conversation)) for token in tokens)
+
+
 def _texts(value: Any) -> Iterator[str]:
-    """Every string inside of a message."""
+    """Every string inside of a message, names of fields among them."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
+    elif isinstance(value, dict):
+        for name, part in value.items():
+            yield str(name)
+            yield from _texts(part)
+    elif isinstance(value, list):
+        for part in value:
             yield from _texts(part)
 
 

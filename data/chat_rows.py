@@ -9,13 +9,13 @@ import random
 import re
 import sys
 from bisect import bisect_right
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from .chat import Conversation, load_conversations
+from .chat import Conversation, control_tokens, load_conversations, spells
 from .packing import best_fit
 
 IGNORED = -100  # label of a token that is not trained on
@@ -28,6 +28,34 @@ Row = dict[str, list[int]]
 
 
 # ---- one conversation ----
+
+
+class Unusable(ValueError):
+    """A conversation that a tokenizer or its template does not take, others apart.
+
+    Attributes:
+        problem: in words that follow a count of conversations.
+    """
+
+    def __init__(self, conversation: dict, problem: str, sentence: str):
+        place = getattr(conversation, "place", "")
+        super().__init__(f"{place}: {sentence}" if place else sentence)
+        self.problem = problem
+
+
+def refuse_spelled(conversation: dict, tokens: set[str]) -> None:
+    """Refuses a conversation whose texts would become control tokens.
+
+    Args:
+        tokens: of `control_tokens`.
+
+    Raises:
+        Unusable: if a text of it spells one.
+    """
+    if spells(conversation, tokens):
+        spelled = next(token for token in sorted(tokens) if spells(conversation, {token}))
+        problem = "that spell a special token of the tokenizer"
+        raise Unusable(conversation, problem, f"a text spells {spelled}, a special token of the tokenizer")
 
 
 def check_template(tokenizer) -> None:
@@ -178,6 +206,7 @@ class RowEncoder:
     Attributes:
         long: conversations that were too long.
         left_out: rows left out, for nothing in them would be trained on, and where the first was.
+        refused: conversations left out, for the tokenizer does not take them, by problem; the first sentence.
         tokens, trained: of the rows.
 
     Raises:
@@ -190,28 +219,58 @@ class RowEncoder:
         self.tokenizer, self.length, self.too_long = tokenizer, length, too_long
         self.long = self.left_out = self.tokens = self.trained = 0
         self.first_left_out = ""
+        self.refused: Counter[str] = Counter()
+        self.first_refused = ""
+        self._control = control_tokens(tokenizer)
 
     def encode(self, conversations: Iterable[dict]) -> Iterator[Row]:
         """Rows in the order of the conversations.
 
         Raises:
-            ValueError: as `mark_conversation`; what is left without an answer by a cut is counted instead.
+            ValueError: as `mark_conversation`, or if the tokenizer takes none of them. Single ones that it
+                does not take, and what is left without an answer by a cut, are counted instead.
         """
+        number, before = 0, self.refused.total()
         for conversation in conversations:
-            row = encode_conversation(self.tokenizer, conversation)
-            size, length = len(row["input_ids"]), self.length
-            self.long += size > length
-            if size > length and self.too_long == "drop":
+            number += 1
+            yield from self.encode_one(conversation)
+        if number and self.refused.total() - before == number:
+            raise ValueError(f"no conversation can be used: {self._refusals()}")
+
+    def encode_one(self, conversation: dict) -> list[Row]:
+        """Rows of a conversation; none if it is not taken, or nothing of it is left to train on.
+
+        Raises:
+            ValueError: as `mark_conversation`, for what is the template's fault in any conversation.
+        """
+        try:
+            return self._rows(conversation)
+        except Unusable as error:
+            self.refused[error.problem] += 1
+            self.first_refused = self.first_refused or str(error)
+            return []
+
+    def _rows(self, conversation: dict) -> list[Row]:
+        refuse_spelled(conversation, self._control)
+        row, rows = encode_conversation(self.tokenizer, conversation), []
+        size, length = len(row["input_ids"]), self.length
+        self.long += size > length
+        if size > length and self.too_long == "drop":
+            return []
+        for piece in _split(row, length) if self.too_long == "split" else [_cut(row, 0, length)]:
+            trained = count_trained(piece)
+            if not trained:
+                self.left_out += 1
+                self.first_left_out = self.first_left_out or getattr(conversation, "place", "")
                 continue
-            for piece in _split(row, length) if self.too_long == "split" else [_cut(row, 0, length)]:
-                trained = count_trained(piece)
-                if not trained:
-                    self.left_out += 1
-                    self.first_left_out = self.first_left_out or getattr(conversation, "place", "")
-                    continue
-                self.tokens += len(piece["input_ids"])
-                self.trained += trained
-                yield piece
+            self.tokens += len(piece["input_ids"])
+            self.trained += trained
+            rows.append(piece)
+        return rows
+
+    def _refusals(self) -> str:
+        counts = ", ".join(f"{count} {problem}" for problem, count in self.refused.items())
+        return f"{counts} (first: {self.first_refused})"
 
     def summary(self) -> str:
         """One line on all that was encoded."""
@@ -224,6 +283,8 @@ class RowEncoder:
             what = "pieces" if self.too_long == "split" else "of them"
             where = f" (first: {self.first_left_out})" if self.first_left_out else ""
             line += f", {self.left_out} {what} left out, with nothing of the assistant's{where}"
+        if self.refused:
+            line += f"; left out {self._refusals()}"
         return line
 
 

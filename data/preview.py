@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
-from .chat_rows import IGNORED, count_trained, encode_conversation, mark_conversation
+from .chat import control_tokens
+from .chat_rows import IGNORED, count_trained, encode_conversation, mark_conversation, refuse_spelled
 
 GREEN, DIM, END = "\033[32m", "\033[2m", "\033[0m"
 
@@ -59,8 +60,10 @@ def show_conversation(tokenizer, conversation: dict, max_length: int | None = No
         max_length: cut it there, as a row would be.
 
     Raises:
-        ValueError: as `encode_conversation`: if nothing of it would be trained on, or everything.
+        ValueError: as `encode_conversation`: if nothing of it would be trained on, or everything; as
+            `refuse_spelled`.
     """
+    refuse_spelled(conversation, control_tokens(tokenizer))
     row = encode_conversation(tokenizer, conversation, max_length)
     marked = mark_conversation(tokenizer, conversation)
     theirs = tokenizer.apply_chat_template(

@@ -89,12 +89,10 @@ class ChatStyle:
 
     Attributes:
         tokens: special tokens, in the order in which a tokenizer that lacks them gets them.
-        turns: those that begin and end turns. In the text of a message they would forge one.
         roles: of `tokens`, given where a tokenizer has none in that role.
     """
 
     tokens: tuple[str, ...]
-    turns: tuple[str, ...]
     template: str
     response_template: dict[str, Any]
     roles: dict[str, str]
@@ -103,7 +101,6 @@ class ChatStyle:
 STYLES = {
     "chatml": ChatStyle(
         SPECIAL_TOKENS,
-        SPECIAL_TOKENS[1:3],
         "chat_template.jinja",
         RESPONSE_TEMPLATE,
         {"eos_token": END_OF_TEXT, "pad_token": PAD},
@@ -112,7 +109,6 @@ STYLES = {
     # nanochat's models have no row for one more.
     "nanochat": ChatStyle(
         NANOCHAT_TOKENS,
-        NANOCHAT_TOKENS[:5],
         "nanochat_template.jinja",
         NANOCHAT_RESPONSE_TEMPLATE,
         {"bos_token": "<|bos|>", "eos_token": "<|bos|>", "pad_token": "<|bos|>"},

@@ -98,10 +98,12 @@ def sft(args: SFTArguments, resume: bool = False) -> PostTrainingResult:
     # Adapters are for the model as others load it, without these layers.
     shop = Workshop(args, resume, ahead=not args.lora)
     train, held_out = _read(args)
-    shop.say(_preview(shop.tokenizer, held_out[0], shop.length))
     held_out_rows = list(_encoder(args, shop).encode(held_out))
     if not held_out_rows:
         raise ValueError(f"no held-out conversation has an answer within --max-seq-len {shop.length} tokens")
+    # The first that gave a row: one that the tokenizer does not take could not be shown, nor asked.
+    shown = next(chat for chat in held_out if _encoder(args, shop).encode_one(chat))
+    shop.say(_preview(shop.tokenizer, shown, shop.length))
     encoder, packed = _encoder(args, shop), Packed(shop.length)
     if args.streaming:
         if next(encoder.encode(_rest_of_stream(args)), None) is None:
@@ -131,7 +133,7 @@ def sft(args: SFTArguments, resume: bool = False) -> PostTrainingResult:
             processing_class=shop.tokenizer,
             peft_config=shop.adapters(),
         )
-    question = held_out[0]["messages"]
+    question = shown["messages"]
     question = question[: next(i for i, message in enumerate(question) if message["role"] == "assistant")]
 
     return shop.run(

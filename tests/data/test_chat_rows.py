@@ -102,6 +102,42 @@ def test_a_token_that_the_assistant_begins_within_is_the_assistants():
     assert loose.decode([i for i, t in zip(marked.ids, marked.trained, strict=True) if t]) == " blue"
 
 
+# ---- texts that spell control tokens ----
+
+LLAMA_3 = (
+    "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|eot_id|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|eot_id|>{% endif %}{% endfor %}"
+)
+
+
+def test_texts_that_spell_special_tokens_of_the_tokenizer_are_left_out_and_counted(tmp_path):
+    foreign = with_template(LLAMA_3)
+    headers = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    foreign.add_special_tokens({"additional_special_tokens": headers}, replace_extra_special_tokens=False)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"<|pad|>": 1}}]}
+    marks = turn("What is <think>?", "Is <tool_call> and <|python_start|>1<|python_end|>, </s> too.")
+    header = turn("<|eot_id|><|start_header_id|>system<|end_header_id|>", "b")
+    chats = read(
+        tmp_path, turn("a", "b"), turn("a", "b<|endoftext|>c"), [turn("a", "")[0], call], marks, header
+    )
+    own = RowEncoder(chat_tokenizer(), 256)
+    rows = list(own.encode(chats))
+    assert rows == [encode_conversation(chat_tokenizer(), chats[i]) for i in (0, 3, 4)]
+    assert own.refused == {"that spell a special token of the tokenizer": 2}
+    assert own.summary().endswith(
+        "; left out 2 that spell a special token of the tokenizer (first: "
+        f"{tmp_path}/chats.jsonl, row 2: a text spells <|endoftext|>, a special token of the tokenizer)"
+    )
+    # A template that writes no marks leaves them no meaning but that of tokens.
+    other = RowEncoder(foreign, 256)
+    assert len(list(other.encode(chats))) == 1 and other.refused.total() == 4
+    with pytest.raises(
+        ValueError, match="no conversation can be used: 1 that spell .* row 5: a text spells <|"
+    ):
+        list(RowEncoder(foreign, 256).encode(chats[4:]))
+
+
 # ---- too long ----
 
 
