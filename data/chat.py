@@ -230,6 +230,9 @@ def to_message(given: dict) -> dict:
         raise ValueError(f"a message has the role {named!r}; expected system, user, assistant or tool")
     content = given.get("value") if given.get("content") is None else given["content"]
     calls = given.get("tool_calls") or ([given["tool_call"]] if given.get("tool_call") else [])
+    calls = json.loads(calls) if isinstance(calls, str) and calls.strip() else calls
+    if calls and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise ValueError(f"tool_calls of a message are {type(calls).__name__}, expected a list of objects")
     if content is None and not calls:
         raise ValueError(f"a message of the {role} has no content; it has {', '.join(given)}")
     if content is not None and not isinstance(content, str | list):

@@ -119,9 +119,10 @@ def mark_conversation(tokenizer, conversation: dict) -> Marked:
             **tokenizer.special_tokens_map,
         )
     except Exception as error:  # jinja2's, which need not be imported here for its name
-        if type(error).__module__.partition(".")[0] != "jinja2":
+        if type(error).__module__.partition(".")[0] != "jinja2" and not isinstance(error, TypeError):
             raise
-        raise ValueError(f"{place}the chat template refuses a conversation: {error}") from error
+        sentence = f"the chat template refuses a conversation: {error}"
+        raise Unusable(conversation, "that the chat template refuses", sentence) from error
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids, spans = encoded["input_ids"], [tuple(span) for span in encoded["offset_mapping"]]
     blocks = [block for block in blocks if block[0] < block[1]]

@@ -117,6 +117,14 @@ def test_tools_may_be_text():
     assert "tools" not in to_conversation({**row, "tools": ""})
 
 
+def test_tool_calls_may_be_text_and_must_be_objects():
+    calls = [{"type": "function", "function": {"name": "find", "arguments": {"a": None}}}]
+    answer = {"role": "assistant", "content": "", "tool_calls": json.dumps(calls)}
+    assert to_conversation({"messages": [QUESTION, answer]})["messages"][1]["tool_calls"] == calls
+    with pytest.raises(ValueError, match="tool_calls of a message are list, expected a list of objects"):
+        to_conversation({"messages": [QUESTION, {**answer, "tool_calls": "[1]"}]})
+
+
 # ---- files ----
 
 

@@ -138,6 +138,16 @@ def test_texts_that_spell_special_tokens_of_the_tokenizer_are_left_out_and_count
         list(RowEncoder(foreign, 256).encode(chats[4:]))
 
 
+def test_a_conversation_that_the_template_refuses_is_counted_and_ends_nothing(tmp_path):
+    image = turn([{"type": "image", "url": "x"}], "b")
+    chats = read(tmp_path, image, turn("a", "b"))
+    encoder = RowEncoder(chat_tokenizer(), 64)
+    assert list(encoder.encode(chats)) == [encode_conversation(chat_tokenizer(), chats[1])]
+    assert encoder.refused == {"that the chat template refuses": 1}
+    with pytest.raises(ValueError, match="no conversation can be used: 1 that the chat template refuses"):
+        list(RowEncoder(chat_tokenizer(), 64).encode(chats[:1]))
+
+
 # ---- too long ----
 
 
