@@ -194,6 +194,15 @@ def preview(
         raise ValueError("give either SOURCE or --preset")
     if rows < 1:
         raise ValueError(f"--rows must be at least 1, got {rows}")
+    if max_seq_len is not None and max_seq_len < 1:
+        raise ValueError(f"--max-seq-len must be at least 1, got {max_seq_len}")
+    if output is not None:
+        if Path(output).is_dir():
+            raise ValueError(f"--output {output} is a folder; give the file of the page to write")
+        try:
+            Path(output).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--output {output} cannot be written: {error.strerror}") from error
     source = source or preset_path(preset)
     chat = load_chat_tokenizer(tokenizer)
     conversations = load_conversations(source, split=split, name=name, limit=rows)
@@ -203,7 +212,6 @@ def preview(
     typer.echo(to_terminal(shown, color, ids))
     typer.echo(f"\n{totals(shown)}")
     if output is not None:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(to_page(shown, source, tokenizer, ids), encoding="utf-8")
         typer.echo(f"page: {output}")
 
