@@ -191,7 +191,8 @@ def test_long_conversations_train_as_asked_and_it_is_told(too_long, left, tmp_pa
     given = {"data": data, "eval_data": eval_data, "max_seq_len": length, "too_long": too_long}
     trainer, _ = capture(monkeypatch, arguments(tmp_path, base, **given))
     sizes = sorted(size for row in trainer.train_dataset for size in row["seq_lengths"])
-    assert len(sizes) == 1 + left and sum(sizes) == sizes[0] + {0: 0, 1: length, 4: size}[left]
+    # Each further piece begins with the last token of the one before it.
+    assert len(sizes) == 1 + left and sum(sizes) == sizes[0] + {0: 0, 1: length, 4: size + 3}[left]
     told = capsys.readouterr().out
     done = {"truncate": "cut", "split": "split", "drop": "left out"}[too_long]
     assert f"1 conversations of over {length} tokens {done}" in told
