@@ -5,6 +5,7 @@ byte is the summed loss of all target tokens, over ln 2 and over the bytes that 
 overlap are in `perplexity.py`.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -62,7 +63,7 @@ def text_loss(
         num_bytes: bytes of text that the ids stand for.
         length: positions in a window.
         batch_size: windows at a time.
-        accelerator: of the run, for its precision and its other processes.
+        accelerator: of the run, for its precision and its other processes; without it the model's own dtype.
         every: score only each n-th window, so that a sample comes from the whole text.
 
     Raises:
@@ -70,6 +71,8 @@ def text_loss(
     """
     if len(ids) < 2:
         raise ValueError(f"a loss needs two tokens or more, got {len(ids)}")
+    # One made here would have the precision of whatever trained in this process before.
+    autocast = accelerator.autocast if accelerator else contextlib.nullcontext
     accelerator = accelerator or Accelerator()
     # Without the wrapper: where a model has buffers, its forward waits for processes that have fewer batches.
     model = accelerator.unwrap_model(model)
@@ -84,7 +87,7 @@ def text_loss(
     nats, lengths = [], []
     for batch in batches[accelerator.process_index :: accelerator.num_processes]:
         tokens = torch.from_numpy(np.stack(batch).astype(np.int64)).to(device)
-        with accelerator.autocast():
+        with autocast():
             logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
         losses = nn.functional.cross_entropy(
             logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"

@@ -123,6 +123,22 @@ def test_without_overlap_bits_per_byte_are_those_of_the_stream(byte_model, windo
     assert math.log2(found.per("num_bytes")[0]) == pytest.approx(found.bits_per_byte[0])
 
 
+def test_bits_per_byte_do_not_have_the_precision_of_what_was_trained_before(byte_model):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    model, _ = byte_model
+    stream = np.frombuffer(TEXT.encode(), np.uint8)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    wanted = text_loss(model, stream, len(stream), 32)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        Accelerator(mixed_precision="bf16")
+        assert text_loss(model, stream, len(stream), 32) == wanted
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_perplexities_of_words_bytes_and_tokens_are_one_loss(loaded):
     model, tokenizer = loaded
     found = perplexity(model, tokenizer, documents_of(tokenizer, [TEXT]), CONTEXT, 16)
