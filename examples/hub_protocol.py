@@ -163,7 +163,7 @@ class Handler(BaseHTTPRequestHandler):
                 block = self.rfile.read(min(left, BLOCK))
                 left -= len(block)
             passed += len(block)
-            if self.broken and passed >= self.broken.after:
+            if self.broken and not self.broken.status and passed >= self.broken.after:
                 self._cut()
             yield block
 
@@ -180,11 +180,9 @@ class Handler(BaseHTTPRequestHandler):
         return json.loads(self._body() or b"{}")
 
     def _reply(self, values, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        if not self.body_read and not (self.broken and self.broken.status):
+        # Who is still sending would lose the answer with the connection.
+        if not self.body_read:
             self._body()
-        elif not self.body_read:
-            # Nobody reads the rest of the request.
-            self.close_connection = True
         content = json.dumps(values).encode()
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
