@@ -36,7 +36,7 @@ def train_ours(texts: Iterator[str], kind: str, vocab_size: int, output: str) ->
 
 def train_theirs(texts: Iterator[str], kind: str, vocab_size: int, output: str) -> None:
     from tessera.tokenization.byte_level import byte_level_backend
-    from tessera.tokenization.chat import END_OF_TEXT, SPECIAL_TOKENS
+    from tessera.tokenization.chat import SPECIAL_TOKENS
 
     if kind == "bpe":
         from tokenizers import pre_tokenizers, trainers
@@ -56,27 +56,14 @@ def train_theirs(texts: Iterator[str], kind: str, vocab_size: int, output: str) 
 
     from tessera.tokenization.save import save_tokenizer
     from tessera.tokenization.sentencepiece_models import sentencepiece_tokenizer
+    from tessera.tokenization.train import SENTENCEPIECE_SETTINGS
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in texts for line in text.split("\n") if line),
         model_writer=model,
-        model_type="bpe",
         vocab_size=vocab_size,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        split_digits=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        eos_piece=END_OF_TEXT,
-        control_symbols=[token for token in SPECIAL_TOKENS if token != END_OF_TEXT],
-        max_sentence_length=16384,
-        minloglevel=2,
+        **SENTENCEPIECE_SETTINGS,
     )
     save_tokenizer(sentencepiece_tokenizer(model.getvalue()), output)
 

@@ -35,6 +35,25 @@ DEFAULT_VOCAB_SIZE = 32_000
 HELD_OUT_EVERY = 50
 HELD_OUT_LENGTH = 1_000_000
 SECONDS_BETWEEN_REPORTS = 5.0
+SENTENCEPIECE_SETTINGS: dict[str, Any] = {
+    "model_type": "bpe",
+    "byte_fallback": True,
+    # Text is taken as it is, so that it comes back as it was.
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    "split_digits": True,
+    "unk_id": 0,
+    "bos_id": 1,
+    "eos_id": 2,
+    "pad_id": -1,
+    "eos_piece": END_OF_TEXT,
+    # Control symbols, not user-defined ones: text that spells one is no such token to SentencePiece.
+    "control_symbols": [token for token in SPECIAL_TOKENS if token != END_OF_TEXT],
+    "max_sentence_length": 4 * PIECE_LENGTH,  # in bytes
+    "minloglevel": 2,
+}
 
 
 def train_tokenizer(
@@ -222,25 +241,8 @@ def _train_sentencepiece(reader: _Reader, vocab_size: int) -> bytes:
             ),
             input_format="tsv",
             model_writer=model,
-            model_type="bpe",
             vocab_size=vocab_size,
-            byte_fallback=True,
-            # Text is taken as it is, so that it comes back as it was.
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            eos_piece=END_OF_TEXT,
-            # Control symbols, not user-defined ones: text that spells one is no such token to SentencePiece.
-            control_symbols=[token for token in SPECIAL_TOKENS if token != END_OF_TEXT],
-            # in bytes
-            max_sentence_length=4 * PIECE_LENGTH,
-            minloglevel=2,
+            **SENTENCEPIECE_SETTINGS,
         )
     except RuntimeError as error:
         if largest := re.search(r"too high .*<= (\d+)", str(error)):
