@@ -16,11 +16,12 @@ from typing import TypeVar
 
 import torch
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
+from tessera.data.hub_errors import why_refused
 from tessera.modeling.loading import read_json
 
 from .checkpoints import Checkpoint, open_checkpoint
@@ -212,32 +213,10 @@ def _ask(question: Callable[[HfApi], T], repo_id: str) -> T:
     try:
         return question(api)
     except Exception as error:
-        reason = _why(error, api, repo_id)
+        reason = why_refused(error, api.endpoint, repo_id)
         if reason is None:
             raise
         raise ValueError(reason) from error
-
-
-def _why(error: BaseException | None, api: HfApi, repo_id: str) -> str | None:
-    """What an error of the client means, in a sentence; None for one that is not about the Hub."""
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        reasons = {
-            401: "the Hub does not know the token; check HF_TOKEN, or log in with `hf auth login`",
-            403: f"the token may not write to {repo_id}",
-        }
-        said = str(error).splitlines()[-1].strip()
-        return reasons.get(status, f"the Hub refused {repo_id} ({status}): {said}")
-    if isinstance(error, OfflineModeIsEnabled):
-        return "the Hub cannot be reached: HF_HUB_OFFLINE is set"
-    # The client's transport is one library or another by version; all that they raise ends here.
-    if type(error).__module__.startswith("httpx"):
-        return f"the Hub at {api.endpoint} cannot be reached: {error}"
-    if isinstance(error, RuntimeError):
-        # Of a file that could not be uploaded it says no more than the name; the reason is beneath.
-        reason = _why(error.__cause__, api, repo_id)
-        return reason and f"{str(error).rstrip('.')}, and nothing was changed there: {reason}"
-    return None
 
 
 def _on_hub(name: str, kind: str) -> bool:

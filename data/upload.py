@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from .files import COMPRESSIONS, ROW_SUFFIXES, TEXT_SUFFIXES, suffixes
+from .hub_errors import why_refused
 from .token_files import META, SPLITS, open_prepared
 
 # The files of the format, beside those of tokenizer/.
@@ -199,7 +200,7 @@ def _send(
         )
         return commit.commit_url
     except Exception as error:
-        reason = _why(error, api.endpoint, repo)
+        reason = why_refused(error, api.endpoint, repo)
         if reason is None:
             raise
         raise ValueError(reason) from error
@@ -219,28 +220,3 @@ def _is_our_card(repo: str, revision: str | None, there: list[str]) -> bool:
         return card == write_card(json.loads(meta), repo).encode("utf-8")
     except (AttributeError, KeyError, TypeError, ValueError):  # somebody else's notes
         return False
-
-
-def _why(error: BaseException | None, endpoint: str, repo: str) -> str | None:
-    """What an error of the client means, in a sentence; None for one that is not about the Hub."""
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        reasons = {
-            401: "the Hub does not know the token; check HF_TOKEN, or log in with `hf auth login`",
-            403: f"the token may not write to {repo}",
-        }
-        return reasons.get(
-            status, f"the Hub refused {repo} ({status}): {str(error).splitlines()[-1].strip()}"
-        )
-    if isinstance(error, OfflineModeIsEnabled):
-        return "the Hub cannot be reached: HF_HUB_OFFLINE is set"
-    # The client's transport is one library or another by version; all that they raise ends here.
-    if type(error).__module__.startswith("httpx") or isinstance(error, ConnectionError):
-        return f"the Hub at {endpoint} cannot be reached: {error}"
-    if isinstance(error, RuntimeError):
-        # Of a file that could not be uploaded it says no more than the name; the reason is beneath.
-        reason = _why(error.__cause__, endpoint, repo)
-        return reason and f"{str(error).rstrip('.')}, and nothing was changed there: {reason}"
-    return None

@@ -72,6 +72,17 @@ NANOCHAT_TOKENS = (
     "<|output_end|>",
 )
 
+# What an answer may hold of itself: thoughts, calls and code that a dataset has written out in its texts.
+CONTENT_MARKS = tuple(
+    token for token in SPECIAL_TOKENS if token not in (END_OF_TEXT, "<|im_start|>", "<|im_end|>", PAD)
+)
+# What begins and ends turns in either format.
+TURN_TOKENS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    *(token for token in NANOCHAT_TOKENS if token not in CONTENT_MARKS),
+)
+
 NANOCHAT_RESPONSE_TEMPLATE: dict[str, Any] = {
     "version": 1,
     "start_anchor": "<|assistant_start|>",
