@@ -15,8 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+from helpers.corpora import EOS, WORDS, train_bpe
+from helpers.corpora import write_texts as write
 from local_hub import LocalHub
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tessera import build_byte_tokenizer, cli
@@ -25,9 +26,6 @@ from tessera.data.filters import Filters, choose_filters
 from tessera.data.mixing import MIXTURES, Source, parse_source
 from tessera.data.prepare import prepare
 from tessera.data.text import MANY_DOCUMENTS
-
-WORDS = "amber birch cedar delta ember flint grove hazel ivory jade kelp lotus maple north ocean pine".split()
-EOS = "<|endoftext|>"
 
 
 def documents(count: int, seed: int = 0) -> list[str]:
@@ -40,22 +38,10 @@ def documents(count: int, seed: int = 0) -> list[str]:
     ]
 
 
-def write(path: Path, texts: list[str]) -> str:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory) -> str:
     """A tokenizer of 400 tokens with control tokens."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=[EOS, "<|im_start|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(documents(300, seed=99), trainer)
+    backend = train_bpe(documents(300, seed=99), 400, (EOS, "<|im_start|>"))
     folder = tmp_path_factory.mktemp("bpe")
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS).save_pretrained(folder)
     (folder / "tokenizer_meta.json").write_text("{}")

@@ -1,6 +1,5 @@
 """Going on after a kill: what is written is, byte for byte, what one undisturbed call writes."""
 
-import json
 import multiprocessing
 import os
 import random
@@ -12,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from helpers.corpora import EOS, WORDS, train_bpe
+from helpers.corpora import write_texts as write
 from transformers import PreTrainedTokenizerFast
 
 from tessera.data import encoding_pass, journal, mixing
@@ -20,7 +20,6 @@ from tessera.data.filters import Filters
 from tessera.data.mixing import Source
 from tessera.data.prepare import prepare
 
-WORDS = "amber birch cedar delta ember flint grove hazel ivory jade kelp lotus maple north ocean pine".split()
 fork = multiprocessing.get_context("fork")
 
 
@@ -31,25 +30,11 @@ def documents(count: int, seed: int) -> list[str]:
     return [text for i, text in enumerate(texts) for text in (text, *([texts[i // 2]] if i % 5 == 0 else []))]
 
 
-def write(path: Path, texts: list[str]) -> str:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory) -> str:
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(documents(100, 9), trainer)
+    backend = train_bpe(documents(100, 9), 400)
     folder = tmp_path_factory.mktemp("bpe")
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS).save_pretrained(folder)
     return str(folder)
 
 
