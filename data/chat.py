@@ -15,31 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .rows import read_rows
+from tessera.tokenization.chat import CONTENT_MARKS, TURN_TOKENS
 
-# What begins and ends turns in the chat formats of `tokenization/chat.py`.
-TURN_TOKENS = (
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|bos|>",
-    "<|user_start|>",
-    "<|user_end|>",
-    "<|assistant_start|>",
-    "<|assistant_end|>",
-)
-# What an answer may hold of itself: thoughts, calls and code that a dataset has written out in its texts.
-CONTENT_MARKS = (
-    "<think>",
-    "</think>",
-    "<tool_call>",
-    "</tool_call>",
-    "<tool_response>",
-    "</tool_response>",
-    "<|python_start|>",
-    "<|python_end|>",
-    "<|output_start|>",
-    "<|output_end|>",
-)
+from .rows import read_rows
 
 ROLES = {
     "system": "system",
@@ -319,6 +297,7 @@ def load_conversations(
     *,
     split: str | None = None,
     name: str | None = None,
+    held_out: bool = False,
     limit: int | None = None,
     streaming: bool = True,
     say: Callable[[str], None] | None = None,
@@ -329,6 +308,7 @@ def load_conversations(
         source: file or folder (JSON lines, JSON, parquet), Hub dataset, or name in `PRESETS`.
         split: of a Hub dataset or folder; default: that of its preset, or `train`, see `read_rows`.
         name: of a Hub dataset's configuration; default: that of its preset, or the only one.
+        held_out: they are to evaluate on, as for `read_rows`.
         limit: conversations to read at most.
         streaming: read a Hub dataset as it comes.
         say: what is told how many were left out, at the end; default: prints to stderr.
@@ -338,7 +318,8 @@ def load_conversations(
     """
     known = find_dataset(source)
     source = known.path
-    rows = read_rows(source, split=split, splits=known.splits, name=name or known.name, streaming=streaming)
+    where = {"split": split, "splits": known.splits, "name": name or known.name, "held_out": held_out}
+    rows = read_rows(source, streaming=streaming, **where)
     say = say or (lambda text: print(text, file=sys.stderr))
     number, kept, dropped, example = 0, 0, Counter(), {}
     for number, row in enumerate(rows, start=1):

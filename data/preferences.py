@@ -76,6 +76,7 @@ def load_preferences(
     *,
     split: str | None = None,
     name: str | None = None,
+    held_out: bool = False,
     limit: int | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Iterator[Preference]:
@@ -84,6 +85,7 @@ def load_preferences(
     Args:
         source: file or folder (JSON lines, JSON, parquet), or Hub dataset.
         split, name: of a Hub dataset; default: `train` or `train_prefs`, and its only configuration.
+        held_out: they are to evaluate on, as for `read_rows`.
         limit: preferences to read at most.
         say: what is told how many were left out, at the end; default: prints to stderr.
 
@@ -92,7 +94,7 @@ def load_preferences(
     """
     say = say or (lambda text: print(text, file=sys.stderr))
     number, kept, dropped = 0, 0, Counter()
-    rows = read_rows(source, split=split, splits=("train", "train_prefs"), name=name)
+    rows = read_rows(source, split=split, splits=("train", "train_prefs"), held_out=held_out, name=name)
     for number, row in enumerate(rows, start=1):
         try:
             found = to_preference(row)

@@ -13,7 +13,9 @@ from .files import ROW_SUFFIXES, suffixes
 from .tables import read_table
 
 # Names of what is not trained on unless it is asked for.
-HELD_OUT = {"test", "val", "valid", "validation", "dev"}
+HELD_OUT = ("validation", "val", "valid", "dev", "test")
+# Those of the Hub that have a name more.
+_HELD_OUT_ON_HUB = (*HELD_OUT, "test_sft", "test_prefs")
 _NAMED = 8  # files in a sentence
 
 
@@ -22,6 +24,7 @@ def read_rows(
     *,
     split: str | None = None,
     splits: tuple[str, ...] = ("train",),
+    held_out: bool = False,
     name: str | None = None,
     streaming: bool = True,
 ) -> Iterator[dict]:
@@ -33,6 +36,8 @@ def read_rows(
             that lie in a folder of its name.
         splits: where no split is given, the first of these that there is. A folder in which nothing has any
             of their names is read whole, without what is named as one of `HELD_OUT`.
+        held_out: the rows are to evaluate on: where no split is given, those of `HELD_OUT` come before
+            `splits`, and a folder without any of these names is read whole.
         name: configuration of a Hub dataset.
         streaming: read a Hub dataset as it comes, instead of downloading it first.
 
@@ -42,6 +47,8 @@ def read_rows(
     Raises:
         ValueError: if there is no such table or split, or it cannot be read.
     """
+    if held_out:
+        splits = (*_HELD_OUT_ON_HUB, *splits)
     path = Path(source).expanduser()
     if path.exists():
         return _read_files(_files_of(path, splits, split))
@@ -80,7 +87,7 @@ def _files_of(path: Path, splits: tuple[str, ...], split: str | None) -> list[Pa
         raise ValueError(
             f"{path} has no split {split!r}: no file or folder in it is named so; there are {there}"
         )
-    if HELD_OUT & set(splits):
+    if set(HELD_OUT) & set(splits):
         return files
     rest = [file for file in files if not any(_is_of(file, path, name, whole=True) for name in HELD_OUT)]
     if not rest:

@@ -72,7 +72,7 @@ def dpo(args: DPOArguments, resume: bool = False) -> PostTrainingResult:
     shop = Workshop(args, resume, dropout=False)
     pairs = list(load_preferences(args.data, split=args.split, name=args.name, limit=args.limit))
     if args.eval_data:
-        held_out = list(load_preferences(args.eval_data, limit=MOST_HELD_OUT))
+        held_out = list(load_preferences(args.eval_data, held_out=True, limit=MOST_HELD_OUT))
     else:
         pairs, held_out = hold_out(pairs, args.seed)
     rows, held_out_rows = (encode_pairs(shop.tokenizer, some, shop.length) for some in (pairs, held_out))

@@ -145,12 +145,16 @@ def _read(args: GRPOArguments) -> tuple[list[dict], list[dict]]:
         return hold_out(arithmetic_problems(count, args.seed, args.difficulty), args.seed, MOST_HELD_OUT)
     problems = load_problems(args.data, args.limit, args.split, args.name)
     if args.eval_data:
-        return problems, load_problems(args.eval_data, MOST_HELD_OUT)
+        return problems, load_problems(args.eval_data, MOST_HELD_OUT, held_out=True)
     return hold_out(problems, args.seed, MOST_HELD_OUT)
 
 
 def load_problems(
-    source: str, limit: int | None = None, split: str | None = None, name: str | None = None
+    source: str,
+    limit: int | None = None,
+    split: str | None = None,
+    name: str | None = None,
+    held_out: bool = False,
 ) -> list[dict]:
     """Reads rows with `question` or `prompt`, and `answer`, as `prompt` (messages) and `answer` (text).
 
@@ -158,7 +162,7 @@ def load_problems(
         ValueError: if there is nothing there, or rows have other columns.
     """
     problems = []
-    for number, row in enumerate(read_rows(source, split=split, name=name), start=1):
+    for number, row in enumerate(read_rows(source, split=split, held_out=held_out, name=name), start=1):
         question = row.get("question", row.get("prompt"))
         if question is None or row.get("answer") is None:
             raise ValueError(

@@ -154,7 +154,7 @@ def _load(args: SFTArguments) -> Iterator[dict]:
 def _read(args: SFTArguments) -> tuple[list[dict], list[dict]]:
     """Conversations to train on, none where they are streamed, and those held out."""
     if args.eval_data:
-        held_out = list(load_conversations(args.eval_data, limit=MOST_HELD_OUT))
+        held_out = list(load_conversations(args.eval_data, held_out=True, limit=MOST_HELD_OUT))
         return [] if args.streaming else list(_load(args)), held_out
     if args.streaming:
         return [], list(islice(_load(args), HELD_OUT_OF_A_STREAM))

@@ -187,6 +187,7 @@ def preview(
     from pathlib import Path
 
     from tessera.data.chat import load_conversations, preset_path
+    from tessera.data.chat_rows import Unusable
     from tessera.data.preview import show_conversation, to_page, to_terminal, totals
     from tessera.tokenization import load_chat_tokenizer
 
@@ -206,11 +207,20 @@ def preview(
     source = source or preset_path(preset)
     chat = load_chat_tokenizer(tokenizer)
     conversations = load_conversations(source, split=split, name=name, limit=rows)
-    shown = [show_conversation(chat, conversation, max_seq_len) for conversation in conversations]
+    shown, refused = [], []
+    for conversation in conversations:
+        try:
+            shown.append(show_conversation(chat, conversation, max_seq_len))
+        except Unusable as error:
+            refused.append(str(error))
+    if not shown:
+        raise ValueError(f"no conversation can be used: {refused[0]}")
     color = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     typer.echo(f"what is trained on stands {'in green' if color else 'between ⟦ and ⟧'}\n")
     typer.echo(to_terminal(shown, color, ids))
     typer.echo(f"\n{totals(shown)}")
+    for sentence in refused:
+        typer.echo(f"left out: {sentence}")
     if output is not None:
         Path(output).write_text(to_page(shown, source, tokenizer, ids), encoding="utf-8")
         typer.echo(f"page: {output}")

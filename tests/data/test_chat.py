@@ -170,6 +170,10 @@ def test_a_split_is_read_where_it_is_and_held_out_ones_only_when_asked_for(tmp_p
     held_out = folder_of("held", "test.jsonl", "val.jsonl")
     with pytest.raises(ValueError, match="nothing but held-out splits: test.jsonl, val.jsonl; name one as"):
         read(held_out)
+    # Asked for what is held out, it is what comes first; a folder without such names is taken as it is.
+    assert read(held_out, held_out=True) == ["val.jsonl"]
+    assert read(mixed, held_out=True) == ["my-validation.jsonl"]
+    assert read(folder_of("plain", "a.jsonl", "b.jsonl"), held_out=True) == ["a.jsonl", "b.jsonl"]
     assert read(folder_of("named", "chats-train.jsonl", "b.jsonl")) == ["chats-train.jsonl"]
     with pytest.raises(ValueError, match=r"no split 'train': .*a.jsonl is one file; leave the split out"):
         read(mixed / "a.jsonl", split="train")

@@ -157,6 +157,17 @@ def test_the_page_is_written_where_it_is_asked(capsys, source, folder, tmp_path)
     assert code == 0 and f"page: {output}" in out and "</span></pre>" in output.read_text(encoding="utf-8")
 
 
+def test_what_training_would_leave_out_is_told_and_the_others_are_shown(capsys, folder, tmp_path):
+    chats = [turn("Hi <|endoftext|>", "Ho"), turn("Who?", "Ada.")]
+    rows = write_rows(tmp_path / "odd.jsonl", [{"messages": chat} for chat in chats])
+    code, out, err = preview(capsys, rows, "--tokenizer", folder)
+    assert code == 0 and "Ada." in out and "1 conversations," in out, err
+    assert "left out: " in out and "odd.jsonl, row 1" in out.split("left out: ")[1]
+    write_rows(tmp_path / "odd.jsonl", [{"messages": chats[0]}])
+    code, _, err = preview(capsys, rows, "--tokenizer", folder)
+    assert code == 2 and "no conversation can be used: " in err
+
+
 def test_a_preview_that_would_show_nothing_trained_ends_with_code_2(capsys, source, folder, tmp_path):
     code, out, err = preview(capsys, source, "--tokenizer", folder, "--max-seq-len", "3")
     assert (code, out) == (2, "") and "chats.jsonl, row 1: there is nothing to train on" in err
