@@ -138,7 +138,8 @@ def test_processes_share_the_windows(tmp_path):
         "from tessera.evaluation.bits_per_byte import text_loss\n"
         "ids = np.arange(5 * 16 + 9, dtype=np.uint8)\n"
         "loss = text_loss(tiny_model('llama-tiny'), ids, len(ids), 16, batch_size=2)\n"
-        "print('loss', loss.nats, loss.stderr, loss.tokens)\n"
+        # One write a process: lines of two would run into each other.
+        "sys.stdout.write(f'loss {loss.nats} {loss.stderr} {loss.tokens}\\n')\n"
     )
     printed = []
     for launch in (["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], []):
