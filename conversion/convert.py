@@ -1,8 +1,8 @@
 """From one checkpoint to another: read, translated, written aside, verified, and only then kept.
 
-What belongs here: the order of these, and what each kind of target consists of. Everything goes through
-Tessera's own names: a checkpoint of any kind is read as a Tessera model (`checkpoints.py`), and that is
-written as any kind. Runs by itself with the arguments of DeepSeek's converter:
+What belongs here: the order of these. Everything goes through Tessera's own names: a checkpoint of any kind
+is read as a Tessera model (`sources.py`), and that is written as any kind (`targets.py`). Runs by itself with
+the arguments of DeepSeek's converter:
 
     python -m tessera.conversion.convert <hf_ckpt_path> <save_path> <n_experts> <mp>
 """
@@ -18,15 +18,13 @@ import torch
 
 from tessera.modeling.configuration_tessera import TesseraConfig
 
-from . import native
-from .checkpoints import Checkpoint, open_checkpoint
-from .equivalents import cut_padding, drop_predictions_ahead, pair_halves
-from .families import FAMILIES
-from .rules import Changed, to_theirs
-from .tensor_files import write_safetensors
+from .checkpoints import Checkpoint
+from .equivalents import drop_predictions_ahead
+from .rules import Changed
+from .sources import open_checkpoint
+from .targets import TARGETS, Options, Target
 from .verify import Difference, build_model, compare_logits, require_same_weights, round_weights
 
-TARGETS = ("tessera", "native", *FAMILIES)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Read by the router in fp32 whatever the model's dtype.
 _ALWAYS_FP32 = "e_score_correction_bias"
@@ -101,14 +99,13 @@ def convert(
         )
 
     rounding = None if dtype is None else _DTYPES[dtype]
-    config, tensors = _prepare(checkpoint, to, rounding)
+    config, tensors = _prepare(checkpoint, TARGETS[to], rounding)
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        _write(aside, to, config, tensors, 1 if mp is None else mp)
-        for file in checkpoint.side_files:
-            shutil.copyfile(file, aside / file.name)
+        TARGETS[to].write(aside, config, tensors, Options(mp=1 if mp is None else mp))
+        checkpoint.copy_side_files(aside)
         difference = _verify(checkpoint, aside, tensors, config, rounding, device)
         if target.exists():
             target.rmdir()
@@ -120,18 +117,17 @@ def convert(
 
 
 def _prepare(
-    checkpoint: Checkpoint, to: str, rounding: torch.dtype | None
+    checkpoint: Checkpoint, target: Target, rounding: torch.dtype | None
 ) -> tuple[TesseraConfig, Mapping[str, torch.Tensor]]:
     """The model that will be written: as the target can have it, in the dtype that was asked for."""
     config, tensors = copy.deepcopy(checkpoint.config), checkpoint.tensors
     config.auto_map = {}
-    if config.num_mtp_layers and to != "tessera" and not (to in FAMILIES and FAMILIES[to].predicts_ahead):
+    if config.num_mtp_layers and not target.predicts_ahead:
         config, tensors = drop_predictions_ahead(config, tensors)
-        checkpoint.notes.append(f"{to} has no place for multi-token prediction: its layers are left out")
-    if to in FAMILIES:
-        config, tensors = cut_padding(config, tensors)
-        if to != "deepseek_v3":
-            config, tensors = pair_halves(config, tensors)
+        checkpoint.notes.append(
+            f"{target.name} has no place for multi-token prediction: its layers are left out"
+        )
+    config, tensors = target.prepare(config, tensors)
     if rounding is not None:
         config.dtype = rounding
         tensors = Changed(
@@ -140,26 +136,6 @@ def _prepare(
     elif config.dtype is None:
         config.dtype = tensors["model.embed_tokens.weight"].dtype
     return config, tensors
-
-
-def _write(
-    folder: Path, to: str, config: TesseraConfig, tensors: Mapping[str, torch.Tensor], mp: int
-) -> None:
-    if to in FAMILIES:
-        family = FAMILIES[to]
-        theirs = family.config_for(config)
-        theirs.dtype = config.dtype
-        theirs.save_pretrained(folder)
-        write_safetensors(folder, to_theirs(tensors, config, family.rules))
-        return
-    config.architectures = ["TesseraForCausalLM"]
-    if to == "native":
-        # Not a directory that transformers loads, so without the code for that.
-        config.to_json_file(folder / "config.json")
-        native.write_native(folder, config, tensors, mp)
-    else:
-        config.save_pretrained(folder)
-        write_safetensors(folder, tensors)
 
 
 def _verify(

@@ -13,7 +13,8 @@ import torch
 from tessera.modeling.configuration_tessera import TesseraConfig
 from tessera.modeling.loading import read_json
 
-from .rules import VECTOR, Changed, Renamed, Rule
+from .checkpoints import Checkpoint
+from .rules import VECTOR, Changed, Renamed, Rule, to_ours
 from .tensor_files import read_pt
 
 _ATTENTION = {
@@ -42,6 +43,24 @@ RULES = [
 ]
 
 _SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+
+
+def recognises(path: Path) -> bool:
+    """Whether this is a directory with nanochat's own checkpoints."""
+    return find_nanochat(path) is not None
+
+
+def open_source(folder: Path) -> Checkpoint:
+    """Opens the newest checkpoint of a directory.
+
+    Raises:
+        ValueError: if it cannot be read, or does not fit its description.
+    """
+    config, tensors = read_nanochat(find_nanochat(folder))
+    notes = []
+    if any(folder.glob("*.pkl")):
+        notes.append("its tokenizer is a pickle, which is not read: the result has none")
+    return Checkpoint(folder, "nanochat-original", config, to_ours(tensors, config, RULES), notes=notes)
 
 
 def find_nanochat(folder: Path) -> Path | None:

@@ -23,8 +23,9 @@ import torch
 from tessera.modeling.configuration_tessera import TesseraConfig
 from tessera.modeling.loading import read_config, read_json
 
+from .checkpoints import Checkpoint
 from .model_args import config_from_model_args, model_args_from_config
-from .rules import UNSTACKED, UNSTACKED_PAIRS, Rule, to_theirs
+from .rules import UNSTACKED, UNSTACKED_PAIRS, Rule, to_ours, to_theirs
 from .tensor_files import TensorFiles, write_file
 
 _LAYER = (
@@ -86,9 +87,20 @@ _RANK_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
 _EXPERT = re.compile(r".*\.ffn\.experts\.(\d+)\..*")
 
 
-def is_native(folder: Path) -> bool:
-    """Whether a directory is in the native layout."""
-    return any(_RANK_FILE.fullmatch(path.name) for path in folder.glob("model*.safetensors"))
+def recognises(path: Path) -> bool:
+    """Whether this is a directory in the native layout."""
+    return any(_RANK_FILE.fullmatch(file.name) for file in path.glob("model*.safetensors"))
+
+
+def open_source(folder: Path) -> Checkpoint:
+    """Opens a directory in the native layout, of any number of ranks.
+
+    Raises:
+        ValueError: if ranks or tensors are missing, or do not fit the configuration.
+    """
+    tensors = RankFiles(folder)
+    config = read_native_config(folder, tensors)
+    return Checkpoint(folder, "native", config, to_ours(tensors, config, RULES))
 
 
 def split_dimension(name: str) -> int | None:

@@ -24,8 +24,9 @@ from transformers import GenerationConfig
 from tessera.data.hub_errors import why_refused
 from tessera.modeling.loading import read_json
 
-from .checkpoints import Checkpoint, open_checkpoint
+from .checkpoints import Checkpoint
 from .model_card import write_model_card
+from .sources import open_checkpoint
 from .tensor_files import INDEX, SINGLE_FILE
 from .verify import TOLERANCE, build_model
 

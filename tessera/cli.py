@@ -18,6 +18,7 @@ from tessera.commands import (
     convert,
     data,
     evaluate,
+    hub,
     post_training,
     presets,
     pretrain,
@@ -98,7 +99,7 @@ for name, command in {
     "chat": serve.chat,
     "serve": serve.serve,
     "convert": convert.convert,
-    "push": convert.push,
+    "push": hub.push,
 }.items():
     app.command(name)(command)
 

@@ -1,5 +1,6 @@
 """A conversion is the same model, out and back; what is not, is refused and leaves nothing."""
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -16,9 +17,11 @@ from transformers.utils import logging
 
 from tessera import TesseraConfig, TesseraForCausalLM, build_byte_tokenizer, cli
 from tessera.conversion import convert as conversion
-from tessera.conversion.checkpoints import open_checkpoint
+from tessera.conversion import tensor_files
 from tessera.conversion.convert import convert
 from tessera.conversion.families import architecture
+from tessera.conversion.sources import open_checkpoint
+from tessera.conversion.targets import TARGETS
 from tessera.conversion.verify import compare_logits
 from tessera.modeling.loading import load_model
 from tessera.modeling.multi_token import hidden_ahead
@@ -187,7 +190,7 @@ def test_sharded_checkpoints_are_read_and_written(tmp_path, monkeypatch):
     for kind in ("one", "many"):
         convert(tmp_path / kind, tmp_path / f"from-{kind}")
     assert weight_files(tmp_path / "from-one") == weight_files(tmp_path / "from-many")
-    monkeypatch.setattr(conversion.write_safetensors, "__defaults__", (50_000,))
+    monkeypatch.setattr(tensor_files.write_safetensors, "__defaults__", (50_000,))
     convert(tmp_path / "from-one", tmp_path / "split", to="llama")
     assert len(weight_files(tmp_path / "split")) > 3
     model, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "split", output_loading_info=True)
@@ -414,17 +417,17 @@ def test_a_disk_that_is_full_is_an_error_of_the_file(target, tmp_path, monkeypat
 @pytest.mark.parametrize("target", ["tessera", "native"])
 def test_a_result_that_was_written_wrongly_is_not_kept(target, tmp_path, monkeypatch):
     save_family("llama", tmp_path / "theirs")
-    write = conversion._write
+    right = TARGETS[target]
 
     def wrong(folder, *arguments):
-        write(folder, *arguments)
+        right.write(folder, *arguments)
         file = next(folder.glob("*.safetensors"))
         state = load_file(file)
         name = next(name for name in state if "q_proj" in name or ".wq." in name)
         state[name] = state[name].roll(1, 0)
         save_file(state, file, metadata={"format": "pt"})
 
-    monkeypatch.setattr(conversion, "_write", wrong)
+    monkeypatch.setitem(TARGETS, target, dataclasses.replace(right, write=wrong))
     with pytest.raises(ValueError, match="1 tensors read back are not what was written .*q_proj.weight"):
         convert(tmp_path / "theirs", tmp_path / "ours", to=target)
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]

@@ -19,9 +19,9 @@ from transformers import GenerationConfig
 
 from tessera import build_byte_tokenizer
 from tessera.conversion import push as pushing
-from tessera.conversion.checkpoints import open_checkpoint
 from tessera.conversion.convert import convert
 from tessera.conversion.push import build_release, check_release, push
+from tessera.conversion.sources import open_checkpoint
 
 # A stranger: transformers, a Hub, and nothing called tessera.
 STRANGER = """

@@ -1,0 +1,41 @@
+"""The ways in: which kind of checkpoint lies at a path.
+
+What belongs here: the list. Each source is a module with `recognises(path)`, which looks at names alone, and
+`open_source(path)`, which returns a `Checkpoint` and leaves its tensors on disk until they are asked for. The
+first that recognises a path opens it.
+"""
+
+from pathlib import Path
+
+from tessera.training.checkpoints import find_checkpoint
+
+from . import hugging_face, nanochat_original, native
+from .checkpoints import Checkpoint
+
+SOURCES = (native, nanochat_original, hugging_face)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Finds out what a path holds and opens it.
+
+    Args:
+        path: a model directory or file of any kind, or a run's directory.
+
+    Raises:
+        ValueError: if nothing that is known is there, or it does not fit its own configuration.
+    """
+    place = Path(path)
+    source = _find_source(place)
+    if source is None:
+        # A run: the model that it came to.
+        place = find_checkpoint(place)
+        source = _find_source(place) or hugging_face
+    try:
+        return source.open_source(place)
+    except ValueError as error:
+        where = "" if str(place) in str(error) else f"{place}: "
+        raise ValueError(f"{where}{error}") from error
+
+
+def _find_source(path: Path):
+    return next((source for source in SOURCES if source.recognises(path)), None)
