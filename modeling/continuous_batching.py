@@ -11,9 +11,13 @@ import copy
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.generation import ContinuousBatchingConfig, GenerationConfig
+from transformers.utils import logging
 
 from .configuration_tessera import TesseraConfig
+
+logger = logging.get_logger(__name__)
 
 # On a CPU. Each step attends over the keys of all requests in it, seen or masked.
 REQUESTS_AT_A_TIME = 16
@@ -41,7 +45,15 @@ class TesseraContinuousBatching:
         continuous_batching_config: ContinuousBatchingConfig | None = None,
         **kwargs,
     ) -> Any:
-        """Makes the manager of the library; see there. With smear, its pages hold one more layer."""
+        """Makes the manager of the library; see there. With smear, its pages hold one more layer.
+
+        CUDA graphs are left out where the experts cannot be captured (`experts_can_be_captured`).
+        """
+        if self.device.type == "cuda" and not experts_can_be_captured(self):
+            continuous_batching_config = copy.copy(continuous_batching_config) or ContinuousBatchingConfig()
+            if continuous_batching_config.use_cuda_graph:
+                logger.warning_once("no CUDA graphs: grouped products of experts are captured in bf16 alone")
+            continuous_batching_config.use_cuda_graph = False
         if self.config.smear:
             # With a block table the flash kernels read the pages themselves; smear must be able to.
             continuous_batching_config = copy.copy(continuous_batching_config) or ContinuousBatchingConfig()
@@ -121,6 +133,17 @@ class TesseraContinuousBatching:
                 f"with max_new_tokens={new} these prompts run past the {rows} learned positions: "
                 f"{_some(long)}; shorten them or ask for fewer tokens"
             )
+
+
+def experts_can_be_captured(model: nn.Module) -> bool:
+    """Whether a CUDA graph can hold the model's experts.
+
+    torch has one kernel for grouped products in bf16. For other dtypes it goes through the experts one by one
+    and asks the GPU for their token counts, as the plain loop does; no graph can hold that.
+    """
+    sparse = "sparse" in model.config.mlp_layer_types
+    kind = getattr(model.config, "_experts_implementation", None)
+    return not sparse or kind == "batched_mm" or (kind == "grouped_mm" and model.dtype == torch.bfloat16)
 
 
 def _some(names: list[int | str]) -> str:

@@ -8,7 +8,7 @@ from helpers.models import EVERY_MODEL, tiny_model
 from transformers import CompileConfig, GenerationConfig, GenerationMixin
 from transformers.generation import ContinuousBatchingConfig
 
-from tessera.modeling.continuous_batching import BatchGenerationError, paged_update
+from tessera.modeling.continuous_batching import BatchGenerationError, experts_can_be_captured, paged_update
 
 NEW = 6
 # Presets away from EVERY_MODEL in what continuous batching has to keep for smear.
@@ -202,3 +202,24 @@ def test_continuous_batching_on_a_gpu_equals_generate(name, graphs):
         continuous_batching_config=pages(use_cuda_graph=graphs, use_async_batching=graphs),
     )
     assert texts(outputs) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_sparse_models_in_bf16_answer_from_cuda_graphs():
+    model = model_of("bytegpt-tiny").cuda().to(torch.bfloat16)
+    assert experts_can_be_captured(model)
+    outputs = generate_batch(
+        model, prompts(), continuous_batching_config=pages(use_cuda_graph=True, use_async_batching=True)
+    )
+    assert [len(text) for text in texts(outputs)] == [NEW] * len(prompts())
+
+
+def test_experts_are_captured_where_their_products_are_one_kernel():
+    sparse, dense = model_of("bytegpt-tiny"), model_of("llama-tiny")
+    assert experts_can_be_captured(dense) and not experts_can_be_captured(sparse)
+    assert experts_can_be_captured(sparse.to(torch.bfloat16))
+    sparse.set_experts_implementation("eager")
+    assert not experts_can_be_captured(sparse)
+    sparse.float().set_experts_implementation("batched_mm")
+    assert experts_can_be_captured(sparse)
