@@ -68,6 +68,12 @@ def can_capture(
     )
 
 
+def is_split(model: nn.Module) -> bool:
+    """Whether each of several processes holds a part of the model: tensor or expert parallel, or FSDP2."""
+    meshed = getattr(model, "_device_mesh", None) is not None
+    return meshed or any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+
+
 def sample_captured(
     model: nn.Module,
     input_ids: torch.LongTensor,

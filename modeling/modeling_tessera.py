@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -30,13 +31,13 @@ from .attention import TesseraAttention, TesseraLatentAttention
 from .configuration_tessera import TesseraConfig
 from .continuous_batching import TesseraContinuousBatching, exchange_token_ids
 from .decoder_layer import TesseraDecoderLayer, TesseraMTPLayer
-from .decoding import can_capture, sample_captured
+from .decoding import can_capture, is_split, sample_captured
 from .fused_head import takes_fused_head, with_own_terms
 from .layers import TesseraRotaryEmbedding, TesseraSmear, find_rows, make_norm
 from .masks import make_masks
 from .multi_token import TesseraDrafts, targets_of
 from .parallel_plans import require_splittable
-from .parallel_styles import HeadNormParallel  # noqa: F401  (registers it)
+from .parallel_styles import gather_whole
 from .training_loss import TesseraLosses, share_of_batch
 from .weight_init import BACKOUT_START, initialize, residual_scalar_start
 
@@ -124,6 +125,11 @@ class TesseraPreTrainedModel(PreTrainedModel):
             raise ValueError(
                 "a stage of a pipeline holds some of the layers; load the model without pp_size to save it"
             )
+        if distributed_config is not None and distributed_config.tp_size > 1:
+            state_dict = {
+                name: gather_whole(tensor).cpu() if isinstance(tensor, DTensor) else tensor
+                for name, tensor in state_dict.items()
+            }
         gathered = super().gather_sharded_state_dict_for_save(
             model_to_save, state_dict, distributed_config, **kwargs
         )
@@ -471,6 +477,10 @@ class TesseraForCausalLM(TesseraLosses, TesseraContinuousBatching, TesseraPreTra
     ) -> dict:
         """The masks of a step on a static cache, which `generate` makes before the model is called."""
         return make_masks(config, inputs_embeds, attention_mask, past_key_values, position_ids)
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        """The library's own, but for models split over processes: there compiling fails in FSDP's hooks."""
+        return not is_split(self) and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
 
     def _sample(
         self,

@@ -1,11 +1,12 @@
-"""One style of tensor parallelism that transformers lacks: a weight that all heads share.
+"""What tensor parallelism lacks: a style for a weight that all heads share, and packed tensors made whole.
 
-Importing this file registers it under `HEAD_NORM`, the name that `parallel_plans.py` uses.
+Importing this file registers the style under `HEAD_NORM`, the name that `parallel_plans.py` uses.
 """
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
 from .parallel_plans import HEAD_NORM
@@ -32,6 +33,23 @@ class HeadNormParallel(TensorParallelLayer):
 
         module.forward = forward_with_hooks
         return module
+
+
+def gather_whole(tensor: DTensor) -> torch.Tensor:
+    """The whole tensor from the ranks' parts; every rank calls it.
+
+    torch 2.11 can split a tensor that packs several along one dimension (gate and up), each shared by the
+    ranks, and cannot put it together again; here the parts of each are.
+    """
+    try:
+        return tensor.full_tensor()
+    except ValueError:
+        (placement,) = tensor.placements
+        local, mesh = tensor.to_local().contiguous(), tensor.device_mesh
+        parts = [torch.empty_like(local) for _ in range(mesh.size())]
+        dist.all_gather(parts, local, group=mesh.get_group())
+        packed = zip(*(part.chunk(placement.split_factor, placement.dim) for part in parts), strict=True)
+        return torch.cat([part for each in packed for part in each], placement.dim)
 
 
 def _sum_over(mesh: dist.DeviceMesh, gradient: torch.Tensor) -> torch.Tensor:

@@ -22,9 +22,11 @@ from accelerate import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import CompileConfig, GenerationConfig, StaticCache
 from transformers.distributed import DistributedConfig
 
 from tessera import TesseraConfig, TesseraForCausalLM
+from tessera.modeling.parallel_styles import gather_whole
 
 SIZES = {
     "tensor": {"tp_size": 2, "tp_plan": "auto"},
@@ -74,7 +76,10 @@ class Comparison:
             self.split = load(distributed_config=distributed_config(kind))
         self.by_batch = "data" in kind or kind == "accelerate"  # ranks see different rows
         # Before any forward pass: FSDP leaves the weights that it gathered for the last one where it ended.
-        self.optimizers = [torch.optim.SGD(model.parameters(), 0.1) for model in (self.whole, self.split)]
+        # One parameter at a time: under tensor parallelism some are DTensors and some are not.
+        self.optimizers = [
+            torch.optim.SGD(model.parameters(), 0.1, foreach=False) for model in (self.whole, self.split)
+        ]
         generator = torch.Generator().manual_seed(0)
         vocabulary = self.whole.config.vocab_size
         self.ids = torch.randint(0, vocabulary, (4, 24), generator=generator).to(device)
@@ -139,10 +144,13 @@ class Comparison:
     def generation(self) -> None:
         prompt, padding = self.ids[:2, :8], self.padding[:2, :8]
         options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-        for extra in ({}, {"attention_mask": padding}, {"cache_implementation": "static"}):
+        # Not compiled: that takes minutes for all models, and the split ones never are.
+        static = {"cache_implementation": "static", "disable_compile": True}
+        for extra in ({}, {"attention_mask": padding}, static):
             expected = self.whole.generate(prompt, **options, **extra)
             got = self.split.generate(prompt, **options, **extra)
             assert torch.equal(got, expected), (extra.keys(), got.tolist(), expected.tolist())
+        assert compiles_on_its_own(self.whole) and not compiles_on_its_own(self.split)
 
     def saved_bytes(self) -> None:
         target = self.path / "saved"
@@ -188,6 +196,14 @@ class Comparison:
             close(self.split(self.ids).logits, self.whole(self.ids).logits)
 
 
+def compiles_on_its_own(model: torch.nn.Module) -> bool:
+    """Whether `generate` with a static cache would compile the model, were it on a GPU."""
+    config = GenerationConfig(compile_config=CompileConfig())
+    config.compile_config._compile_all_devices = True
+    cache = StaticCache(model.config, max_cache_len=8)
+    return model._valid_auto_compile_criteria({"past_key_values": cache}, config)
+
+
 def prepared_by_accelerate(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     """A model as Accelerate's FSDP2 wraps it; the Accelerator itself refuses FSDP2 on CPUs."""
     plugin = FullyShardedDataParallelPlugin(
@@ -206,7 +222,7 @@ def prepared_by_accelerate(model: torch.nn.Module, device: torch.device) -> torc
 
 
 def gathered(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return gather_whole(tensor) if isinstance(tensor, DTensor) else tensor
 
 
 def close(got: torch.Tensor | None, expected: torch.Tensor | None) -> None:
