@@ -1,7 +1,7 @@
 """The way in from a directory that transformers loads: Tessera's own, and those of the families.
 
 What belongs here: which tensors of such a directory are weights of the model, and what their names are. Names
-and configurations of each family are in `families.py`.
+and configurations of each family are in `families/`.
 """
 
 import re
@@ -15,12 +15,11 @@ from tessera.modeling.loading import read_config, read_json
 
 from .checkpoints import Checkpoint
 from .families import FAMILIES, Family
+from .families.family import holder_of
 from .rules import Renamed, Rule, to_ours
 from .tensor_files import open_safetensors
 
 TESSERA_RULES = [Rule("{rest}", "{rest}")]
-# DeepSeek's releases repeat the model's embedding and head in each layer for multi-token prediction.
-_SHARED_BY_PREDICTORS = (".embed_tokens.weight", ".shared_head.head.weight")
 
 
 def recognises(path: Path) -> bool:
@@ -55,33 +54,17 @@ def open_source(folder: Path) -> Checkpoint:
 def _clean(
     tensors: Mapping[str, torch.Tensor], config: TesseraConfig, family: Family | None = None
 ) -> tuple[Mapping[str, torch.Tensor], list[str]]:
-    """Leaves out what is no weight of the model, and gives the base model's tensors their prefix.
-
-    The configuration comes to claim the layers for multi-token prediction that are there; many a release says
-    that it has some and leaves them out.
-    """
+    """Leaves out what is no weight of the model, and gives the base model's tensors their prefix."""
     prefix = "model." if family is None else family.prefix
     bare = not any(name.startswith(prefix) for name in tensors)
-    names, predictors, depth = {}, 0, config.num_hidden_layers
-    if family is not None and family.predicts_ahead:
-        found = (re.search(r"layers\.(\d+)\.eh_proj\.", name) for name in tensors)
-        there = {int(match[1]) for match in found if match}
-        if not there.issuperset(range(depth, depth + config.num_mtp_layers)):
-            config.num_mtp_layers, config.mtp_mlp_layer_types = 0, None
-    held = depth + config.num_mtp_layers
-    for name in tensors:
-        full = prefix + name if bare and name != "lm_head.weight" else name
-        if family is not None and any(re.fullmatch(pattern, full) for pattern in family.ignored):
-            continue
-        layer = re.match(r"model\.layers\.(\d+)\.", full)
-        if family is not None and family.predicts_ahead and layer and int(layer[1]) >= depth:
-            if full.endswith(_SHARED_BY_PREDICTORS):
-                continue
-            if int(layer[1]) >= held:
-                predictors += 1
-                continue
-        names[full] = name
-    notes = [f"{predictors} tensors of multi-token prediction are left out"] if predictors else []
+    names = {prefix + name if bare and name != "lm_head.weight" else name: name for name in tensors}
+    notes = []
+    if family is not None:
+        ignored = [name for name in names if any(re.fullmatch(pattern, name) for pattern in family.ignored)]
+        for name in ignored:
+            del names[name]
+        if family.predicts_ahead:
+            notes = _settle_predictions(tensors, names, config, family)
     if config.tie_word_embeddings and "lm_head.weight" in names:
         embedding = "transformer.wte.weight" if prefix == "transformer." else "model.embed_tokens.weight"
         if embedding in names and not torch.equal(
@@ -90,3 +73,38 @@ def _clean(
             raise ValueError("lm_head.weight differs from the embedding that tie_word_embeddings makes it")
         del names["lm_head.weight"]
     return Renamed(tensors, names), notes
+
+
+def _settle_predictions(
+    tensors: Mapping[str, torch.Tensor], names: dict[str, str], config: TesseraConfig, family: Family
+) -> list[str]:
+    """Brings the layers for multi-token prediction that a checkpoint has and those that it claims together.
+
+    The configuration comes to claim what is there: many a release says that it has some and leaves them out.
+    Copies of the embedding and the head, which releases have in each of these layers, are dropped.
+    """
+    depth = config.num_hidden_layers
+    found = (re.fullmatch(r"model\.layers\.(\d+)\.eh_proj\.weight", name) for name in names)
+    there = {int(match[1]) for match in found if match}
+    if config.num_mtp_layers and not there.issuperset(range(depth, depth + config.num_mtp_layers)):
+        family.leave_predictions_out(config)
+    held = depth + config.num_mtp_layers
+    missing, surplus = set(), 0
+    for name, pattern in family.repeated.items():
+        for i in range(depth, held):
+            copy = pattern.format(i=i)
+            if copy not in names:
+                missing.add(pattern)
+                continue
+            original = holder_of(name, config)
+            if original in names and not torch.equal(tensors[names[copy]], tensors[names[original]]):
+                raise ValueError(f"{copy} differs from {original}, which layers that predict ahead share")
+            del names[copy]
+    if missing:
+        family.leave_copies_out(config, sorted(missing))
+    for name in list(names):
+        layer = re.match(r"model\.layers\.(\d+)\.", name)
+        if layer and int(layer[1]) >= held and int(layer[1]) in there:
+            del names[name]
+            surplus += 1
+    return [f"{surplus} tensors of multi-token prediction are left out"] if surplus else []

@@ -4,7 +4,7 @@ A layout is a list of rules. Each names tensors of Tessera (`ours`), those of th
 same numbers (`theirs`), and what is done on the way. The configuration says which names there are, so a rule
 list and a configuration give a complete plan: what is missing from a checkpoint, what has no place, and every
 step from one to the other, computed when its tensor is asked for. What belongs here: the language and its
-application; the lists are in `families.py`, `native.py` and `nanochat_original.py`.
+application; the lists are in `families/`, `native.py` and `nanochat_original.py`.
 """
 
 import copy
@@ -49,6 +49,11 @@ UNSTACKED_PAIRS = Operation(
 )
 # One number a layer <-> a vector over the layers.
 VECTOR = Operation(lambda ours: [torch.cat(ours)], lambda theirs: list(theirs[0].split(1)))
+
+
+def repeated(count: int) -> Operation:
+    """One tensor <-> as many copies of it."""
+    return Operation(lambda ours: ours * count, lambda theirs: theirs[:1])
 
 
 @dataclass(frozen=True)
@@ -207,6 +212,9 @@ class Translated(Mapping):
         sources, targets = (step.ours, step.theirs) if self.out else (step.theirs, step.ours)
         operation = step.operation.out if self.out else step.operation.back
         tensors = [self.tensors[name] for name in sources]
+        if len(kinds := {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}) > 1:
+            # Joined they would all take the widest, and come apart as something else.
+            raise ValueError(f"{name_some(sources)} belong together but are {' and '.join(sorted(kinds))}")
         try:
             results = dict(zip(targets, operation(tensors), strict=True))
         except (RuntimeError, IndexError, ValueError) as error:

@@ -65,15 +65,13 @@ def _write_native(folder: Path, config: TesseraConfig, tensors: Tensors, options
 
 def _family_target(family: Family) -> Target:
     def prepare(config: TesseraConfig, tensors: Tensors) -> Prepared:
-        config, tensors = cut_padding(config, tensors)
-        # Latent attention's families have the interleaved pairs.
-        return pair_halves(config, tensors) if family.model_type != "deepseek_v3" else (config, tensors)
+        return pair_halves(*cut_padding(config, tensors))
 
     def write(folder: Path, config: TesseraConfig, tensors: Tensors, options: Options) -> None:
         theirs = family.config_for(config)
         theirs.dtype = config.dtype
         theirs.save_pretrained(folder)
-        write_safetensors(folder, to_theirs(tensors, config, family.rules))
+        write_safetensors(folder, to_theirs(tensors, config, family.rules_to_write(config)))
 
     return Target(family.model_type, write, prepare, family.predicts_ahead)
 

@@ -139,6 +139,9 @@ class ConfigRules:
         self._validate_experts()
         self._validate_predictions_ahead()
         self._validate_nanochat_tiles()
+        origin = self.converted_from
+        if origin is not None and not isinstance(origin.get("model_type"), str):
+            raise ValueError(f"converted_from must say the model_type that the model came from, got {origin}")
         if self.padded_vocab_size < self.vocab_size:
             raise ValueError(
                 f"padded_vocab_size ({self.padded_vocab_size}) is smaller than vocab_size ({self.vocab_size})"

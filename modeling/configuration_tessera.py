@@ -118,6 +118,9 @@ class TesseraConfig(ConfigRules, PreTrainedConfig):
             stream.
         initializer (`"normal"`, `"gpt2"`, `"bytegpt"` or `"nanochat"`), initializer_range (`float`): see
             `weight_init.py`.
+        converted_from (`dict`, *optional*): for a model that conversion brought from another family: its
+            `model_type`, and the `fields` of its configuration that no tile needs. Conversion back to that
+            family says them again; nothing else reads them.
 
     Raises:
         ValueError: for an unknown field or a combination that cannot work.
@@ -216,6 +219,7 @@ class TesseraConfig(ConfigRules, PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     # A real field: TRL reads it from every configuration, and saving fills it.
     auto_map: dict = field(default_factory=dict)
+    converted_from: dict | None = None
     # By this transformers knows that our code must be saved with the configuration.
     _auto_class: ClassVar[str | None] = "AutoConfig"
 

@@ -129,8 +129,11 @@ def test_setup_cfg_maps_each_package_folder() -> None:
     folders = package_folders()
     on_disk = {init.parent.name for init in ROOT.glob("[!.]*/__init__.py")} - {"tests"}
     assert set(folders.values()) == on_disk
-    # The folder that is called tessera has one inside it; no other has.
-    nested = {f"tessera.{init.parent.name}" for init in ROOT.glob("tessera/*/__init__.py")}
+    nested = {
+        f"{package}.{init.parent.name}"
+        for package, folder in folders.items()
+        for init in (ROOT / folder).glob("*/__init__.py")
+    }
     assert set(config["options"]["packages"].split()) == set(folders) | nested
     assert all(
         name == ("tessera" if folder == "tessera" else f"tessera.{folder}")

@@ -8,40 +8,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from helpers.families import change_config, change_state, logits, save_family, weight_files
 from helpers.models import EVERY_MODEL, tiny_config, tiny_model
-from helpers.weights import randomize
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers.modeling_layers import MtpModel
 from transformers.utils import logging
 
-from tessera import TesseraConfig, TesseraForCausalLM, build_byte_tokenizer, cli
+from tessera import TesseraConfig, build_byte_tokenizer, cli
 from tessera.conversion import convert as conversion
-from tessera.conversion import tensor_files
 from tessera.conversion.convert import convert
 from tessera.conversion.families import architecture
 from tessera.conversion.sources import open_checkpoint
 from tessera.conversion.targets import TARGETS
 from tessera.conversion.verify import compare_logits
 from tessera.modeling.loading import load_model
-from tessera.modeling.multi_token import hidden_ahead
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-}
-GROUPED = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 96}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 # Of a kind that Tessera does not have.
 LONGROPE = {
     "rope_type": "longrope",
@@ -50,65 +31,6 @@ LONGROPE = {
     "long_factor": [2.0] * 8,
     "original_max_position_embeddings": 32,
 }
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 32,
-    "mscale": 0.707,
-    "mscale_all_dim": 1.0,
-}
-GPT2 = {"vocab_size": 97, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128}
-DEEPSEEK = {
-    **SIZES,
-    "num_key_value_heads": 4,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 8,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 2,
-    "first_k_dense_replace": 1,
-    "n_group": 4,
-    "topk_group": 2,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 12,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 20,
-    "num_mtp_layers": 0,
-}
-FAMILIES = {
-    "llama": transformers.LlamaConfig(**GROUPED),
-    "llama-biases-llama3-tied": transformers.LlamaConfig(
-        **GROUPED, attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3, tie_word_embeddings=True
-    ),
-    "llama-share-that-it-does-not-read": transformers.LlamaConfig(
-        **GROUPED, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    ),
-    "mistral-window": transformers.MistralConfig(**GROUPED, sliding_window=9),
-    "mistral-full": transformers.MistralConfig(**GROUPED, sliding_window=None),
-    "qwen3": transformers.Qwen3Config(**GROUPED, head_dim=24, tie_word_embeddings=True),
-    "qwen3-window": transformers.Qwen3Config(
-        **GROUPED, head_dim=16, use_sliding_window=True, sliding_window=9, max_window_layers=1
-    ),
-    "gpt2": transformers.GPT2Config(**GPT2),
-    "gpt2-inner-untied": transformers.GPT2Config(
-        **GPT2, n_inner=96, activation_function="gelu", tie_word_embeddings=False
-    ),
-    "deepseek_v3": transformers.DeepseekV3Config(**DEEPSEEK),
-    "deepseek_v3-yarn": transformers.DeepseekV3Config(**DEEPSEEK, rope_parameters=YARN),
-    "deepseek_v3-dense": transformers.DeepseekV3Config(
-        **{**DEEPSEEK, "first_k_dense_replace": 3, "q_lora_rank": None}
-    ),
-    "nanochat": transformers.NanoChatConfig(**GROUPED, pad_token_id=None),
-}
-
-
-def save_family(name: str, folder, **saving):
-    """A random tiny model of transformers' own class, saved; gives the model."""
-    model = randomize(transformers.AutoModelForCausalLM.from_config(FAMILIES[name]))
-    model.save_pretrained(folder, **saving)
-    return model
 
 
 def save_tessera(name: str, folder, **overrides):
@@ -117,156 +39,7 @@ def save_tessera(name: str, folder, **overrides):
     return model
 
 
-def ids(vocab_size: int = 97, length: int = 40) -> torch.Tensor:
-    return torch.randint(vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
-
-
-@torch.no_grad()
-def logits(model, vocab_size: int = 97) -> torch.Tensor:
-    return model.eval()(ids(vocab_size), use_cache=False).logits.float()
-
-
-def weight_files(folder) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
-
-
 # ---- families of transformers ----
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_comes_in_with_equal_logits_and_goes_out_with_equal_bits(name, tmp_path):
-    theirs = save_family(name, tmp_path / "theirs")
-    done = convert(tmp_path / "theirs", tmp_path / "ours")
-    family = name.split("-")[0]
-    assert (done.source, done.target) == (family, "tessera")
-    ours = load_model(tmp_path / "ours")
-    expected = logits(theirs)
-    assert expected.std() > 0.05, "logits too flat to tell models apart"
-    torch.testing.assert_close(logits(ours), expected, atol=1e-5 * max(1, expected.abs().max()), rtol=0)
-
-    convert(tmp_path / "ours", tmp_path / "back", to=family)
-    assert weight_files(tmp_path / "back") == weight_files(tmp_path / "theirs")
-    again = type(theirs).from_pretrained(tmp_path / "back")
-    for key, tensor in theirs.state_dict().items():
-        assert torch.equal(again.state_dict()[key], tensor), key
-    before, after = (json.loads((tmp_path / d / "config.json").read_text()) for d in ("theirs", "back"))
-    # Settings of pretraining and of sampling, not of the model.
-    unimportant = {"summary_activation", "initializer_range", "_name_or_path", "max_window_layers"}
-    if name == "gpt2":
-        assert (before["n_inner"], after["n_inner"]) == (None, 4 * 64)  # two ways to say one size
-        unimportant.add("n_inner")
-    if name == "llama-share-that-it-does-not-read":
-        unimportant.add("rope_parameters")
-    if name == "deepseek_v3-dense":
-        unimportant |= {
-            "n_routed_experts",
-            "n_shared_experts",
-            "num_experts_per_tok",
-            "first_k_dense_replace",
-        }
-        unimportant |= {"moe_intermediate_size", "n_group", "topk_group"}
-    differing = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
-    assert differing <= unimportant, {
-        key: (before.get(key), after.get(key)) for key in differing - unimportant
-    }
-
-
-def test_packed_experts_are_read_like_those_of_the_releases(tmp_path):
-    theirs = save_family("deepseek_v3", tmp_path / "packed", save_original_format=False)
-    assert any(
-        name.endswith("experts.gate_up_proj") for name in load_file(tmp_path / "packed/model.safetensors")
-    )
-    theirs.save_pretrained(tmp_path / "single")
-    assert any("experts.7.up_proj" in name for name in load_file(tmp_path / "single/model.safetensors"))
-    for kind in ("packed", "single"):
-        convert(tmp_path / kind, tmp_path / f"from-{kind}")
-    assert weight_files(tmp_path / "from-packed") == weight_files(tmp_path / "from-single")
-
-
-def test_sharded_checkpoints_are_read_and_written(tmp_path, monkeypatch):
-    save_family("llama", tmp_path / "one")
-    save_family("llama", tmp_path / "many", max_shard_size="50KB")
-    assert len(weight_files(tmp_path / "many")) > 3
-    for kind in ("one", "many"):
-        convert(tmp_path / kind, tmp_path / f"from-{kind}")
-    assert weight_files(tmp_path / "from-one") == weight_files(tmp_path / "from-many")
-    monkeypatch.setattr(tensor_files.write_safetensors, "__defaults__", (50_000,))
-    convert(tmp_path / "from-one", tmp_path / "split", to="llama")
-    assert len(weight_files(tmp_path / "split")) > 3
-    model, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "split", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    original = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "one")
-    assert torch.equal(logits(model), logits(original))
-
-
-def test_old_gpt2_files_without_prefix_and_with_masks_are_read(tmp_path):
-    theirs = save_family("gpt2", tmp_path / "theirs")
-    state = load_file(tmp_path / "theirs/model.safetensors")
-    old = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
-    old["h.0.attn.bias"] = torch.ones(1, 1, 128, 128)
-    old["h.0.attn.masked_bias"] = torch.tensor(-1e4)
-    save_file(old, tmp_path / "theirs/model.safetensors", metadata={"format": "pt"})
-    convert(tmp_path / "theirs", tmp_path / "ours")
-    torch.testing.assert_close(logits(load_model(tmp_path / "ours")), logits(theirs), atol=1e-4, rtol=0)
-
-
-def test_layers_for_multi_token_prediction_are_left_out_and_said(tmp_path):
-    save_family("deepseek_v3", tmp_path / "theirs")
-    state = load_file(tmp_path / "theirs/model.safetensors")
-    state["model.layers.3.eh_proj.weight"] = torch.zeros(64, 128)
-    save_file(state, tmp_path / "theirs/model.safetensors", metadata={"format": "pt"})
-    assert convert(tmp_path / "theirs", tmp_path / "ours").notes == [
-        "1 tensors of multi-token prediction are left out"
-    ]
-
-
-def test_layers_for_multi_token_prediction_come_from_deepseek_and_go_there(tmp_path):
-    save_family("deepseek_v3", tmp_path / "theirs")
-    convert(tmp_path / "theirs", tmp_path / "plain")
-    ours = TesseraForCausalLM.from_pretrained(tmp_path / "plain", num_mtp_layers=1, train_mtp=True)
-    randomize(ours).save_pretrained(tmp_path / "ours")
-    done = convert(tmp_path / "ours", tmp_path / "deepseek", to="deepseek_v3")
-    assert not done.notes
-    # transformers' own classes predict as ours do.
-    theirs = transformers.DeepseekV3ForCausalLM.from_pretrained(tmp_path / "deepseek")
-    theirs._keys_to_ignore_on_load_unexpected = {r"model\.layers\.3\."}  # it knows those of 61 layers
-    library = MtpModel.from_pretrained(theirs)
-    with torch.no_grad():
-        outputs = ours.model(ids(), keep_mtp_inputs=True, use_cache=False)
-        (found,), _ = hidden_ahead(
-            ours.mtp_layers, hidden_states=outputs.last_hidden_state, **outputs.mtp_inputs
-        )
-        positions = torch.arange(1, 40)[None]
-        embeds = theirs.model.embed_tokens(ids()[:, 1:])
-        expected = library.layers[0](
-            embeds,
-            theirs.model(ids(), use_cache=False).last_hidden_state[:, :-1],
-            position_embeddings=theirs.model.rotary_emb(embeds, positions),
-            attention_mask=torch.ones(39, 39).tril().bool()[None, None],
-            position_ids=positions,
-            past_key_values=None,
-        )
-    torch.testing.assert_close(found[:, :-1], expected, atol=1e-4, rtol=1e-4)
-
-    # The releases repeat embedding and head.
-    state = load_file(tmp_path / "deepseek/model.safetensors")
-    state["model.layers.3.embed_tokens.weight"] = state["model.embed_tokens.weight"].clone()
-    state["model.layers.3.shared_head.head.weight"] = state["lm_head.weight"].clone()
-    save_file(state, tmp_path / "deepseek/model.safetensors", metadata={"format": "pt"})
-    assert not convert(tmp_path / "deepseek", tmp_path / "back").notes
-    before, after = (load_file(tmp_path / d / "model.safetensors") for d in ("ours", "back"))
-    assert before.keys() == after.keys() and any("layers.3.eh_proj" in name for name in after)
-    assert all(torch.equal(before[name], after[name]) for name in before)
-    assert load_model(tmp_path / "back").config.num_mtp_layers == 1
-
-    assert convert(tmp_path / "ours", tmp_path / "native", mp=1).notes == [
-        "native has no place for multi-token prediction: its layers are left out"
-    ]
-    # Many a release claims layers that it leaves out.
-    claims = {name: tensor for name, tensor in state.items() if "layers.3." not in name}
-    save_file(claims, tmp_path / "deepseek/model.safetensors", metadata={"format": "pt"})
-    convert(tmp_path / "deepseek", tmp_path / "without")
-    assert load_model(tmp_path / "without").config.num_mtp_layers == 0
 
 
 def test_interleaved_rotation_and_padded_rows_leave_as_plain_llama(tmp_path):
@@ -431,18 +204,6 @@ def test_a_result_that_was_written_wrongly_is_not_kept(target, tmp_path, monkeyp
     with pytest.raises(ValueError, match="1 tensors read back are not what was written .*q_proj.weight"):
         convert(tmp_path / "theirs", tmp_path / "ours", to=target)
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
-
-
-def change_state(folder, change) -> None:
-    file = folder / "model.safetensors"
-    state = load_file(file)
-    change(state)
-    save_file(state, file, metadata={"format": "pt"})
-
-
-def change_config(folder, **values) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 def write_index(folder, **values) -> None:
