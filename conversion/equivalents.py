@@ -49,7 +49,7 @@ def pair_halves(
     """Reorders the channels of query and key heads, so that the rotation pairs (0, d/2), (1, d/2 + 1), ...
 
     Scores are sums over channels, so the same order for both changes nothing. Only for multi-head attention;
-    the families with latent attention have the interleaved pairs.
+    families with latent attention take the interleaved pairs, some of them no others: `pair_neighbours`.
     """
     if not config.rope_interleave or config.attention_type != "multi_head":
         return config, tensors
@@ -62,5 +62,35 @@ def pair_halves(
         if not any(f".self_attn.{part}_" in name for part in "qk"):
             return tensor
         return tensor.unflatten(0, (-1, config.head_dim))[:, order].flatten(0, 1)
+
+    return config, Changed(tensors, reorder)
+
+
+def pair_neighbours(
+    config: TesseraConfig, tensors: Mapping[str, torch.Tensor]
+) -> tuple[TesseraConfig, Mapping[str, torch.Tensor]]:
+    """Reorders the rotated channels of latent attention, so that the rotation pairs (0, 1), (2, 3), ...
+
+    They are the last of each query head, and of what `kv_a_proj_with_mqa` gives, which all heads share.
+    """
+    if (
+        config.rope_interleave
+        or config.attention_type != "latent"
+        or config.position_embedding_type != "rope"
+    ):
+        return config, tensors
+    config = copy.deepcopy(config)
+    config.rope_interleave = True
+    halves = torch.arange(config.qk_rope_head_dim).view(2, -1).T.flatten()
+
+    def reorder(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if ".self_attn.q_proj." in name or ".self_attn.q_b_proj." in name:
+            kept, size = config.qk_nope_head_dim, config.qk_head_dim
+        elif ".self_attn.kv_a_proj_with_mqa." in name:
+            kept, size = config.kv_lora_rank, config.kv_lora_rank + config.qk_rope_head_dim
+        else:
+            return tensor
+        order = torch.cat([torch.arange(kept), kept + halves])
+        return tensor.unflatten(0, (-1, size))[:, order].flatten(0, 1)
 
     return config, Changed(tensors, reorder)

@@ -13,7 +13,7 @@ import torch
 from tessera.modeling.configuration_tessera import TesseraConfig
 
 from . import native
-from .equivalents import cut_padding, pair_halves
+from .equivalents import cut_padding, pair_halves, pair_neighbours
 from .families import FAMILIES, Family
 from .rules import to_theirs
 from .tensor_files import write_safetensors
@@ -65,7 +65,8 @@ def _write_native(folder: Path, config: TesseraConfig, tensors: Tensors, options
 
 def _family_target(family: Family) -> Target:
     def prepare(config: TesseraConfig, tensors: Tensors) -> Prepared:
-        return pair_halves(*cut_padding(config, tensors))
+        pair = pair_neighbours if family.fixed.get("rope_interleave") else pair_halves
+        return pair(*cut_padding(config, tensors))
 
     def write(folder: Path, config: TesseraConfig, tensors: Tensors, options: Options) -> None:
         theirs = family.config_for(config)

@@ -139,9 +139,7 @@ class ConfigRules:
         self._validate_experts()
         self._validate_predictions_ahead()
         self._validate_nanochat_tiles()
-        origin = self.converted_from
-        if origin is not None and not isinstance(origin.get("model_type"), str):
-            raise ValueError(f"converted_from must say the model_type that the model came from, got {origin}")
+        self._validate_origin()
         if self.padded_vocab_size < self.vocab_size:
             raise ValueError(
                 f"padded_vocab_size ({self.padded_vocab_size}) is smaller than vocab_size ({self.vocab_size})"
@@ -153,6 +151,18 @@ class ConfigRules:
         if self.norm_type == "layer_norm" and not self.norm_weight:
             raise ValueError(
                 "norm_weight=False is for norm_type='rms_norm'; a layer norm keeps its weight and bias"
+            )
+
+    def _validate_origin(self) -> None:
+        if self.converted_from is None:
+            return
+        kinds = {"model_type": str, "fields": dict, "left_out": list}
+        given = {"model_type": None, **self.converted_from}
+        wrong = [key for key, value in given.items() if not isinstance(value, kinds.get(key, ()))]
+        if wrong:
+            raise ValueError(
+                "converted_from has the model_type that a model came from, and may have fields (an object) "
+                f"and left_out (a list); got {', '.join(f'{key}={given[key]!r:.40}' for key in wrong)}"
             )
 
     def _validate_layers(self) -> None:

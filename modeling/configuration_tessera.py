@@ -119,8 +119,8 @@ class TesseraConfig(ConfigRules, PreTrainedConfig):
         initializer (`"normal"`, `"gpt2"`, `"bytegpt"` or `"nanochat"`), initializer_range (`float`): see
             `weight_init.py`.
         converted_from (`dict`, *optional*): for a model that conversion brought from another family: its
-            `model_type`, and the `fields` of its configuration that no tile needs. Conversion back to that
-            family says them again; nothing else reads them.
+            `model_type`, the `fields` of its configuration that no tile needs, and the tensors that it had
+            `left_out` of those of its family. Conversion back there heeds them; nothing else reads them.
 
     Raises:
         ValueError: for an unknown field or a combination that cannot work.

@@ -53,7 +53,7 @@ def _mixtral_for(ours: TesseraConfig) -> dict[str, Any]:
     values = {**head_dim_for(ours), **one_window_for(ours)}
     if "sparse" not in ours.mlp_layer_types:
         # It will be refused, for being dense and not for having no number here.
-        values |= {"intermediate_size": 1, "num_local_experts": 1, "num_experts_per_tok": 1}
+        values |= {"intermediate_size": 8, "num_local_experts": 1, "num_experts_per_tok": 1}
     return values
 
 

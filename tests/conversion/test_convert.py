@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from helpers.families import change_config, change_state, logits, save_family, weight_files
+from helpers.families import LONGROPE, change_config, change_state, logits, save_family, weight_files
 from helpers.models import EVERY_MODEL, tiny_config, tiny_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -22,15 +22,6 @@ from tessera.conversion.sources import open_checkpoint
 from tessera.conversion.targets import TARGETS
 from tessera.conversion.verify import compare_logits
 from tessera.modeling.loading import load_model
-
-# Of a kind that Tessera does not have.
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "short_factor": [1.0] * 8,
-    "long_factor": [2.0] * 8,
-    "original_max_position_embeddings": 32,
-}
 
 
 def save_tessera(name: str, folder, **overrides):

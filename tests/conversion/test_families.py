@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from helpers.families import (
+    LONGROPE,
     SAMPLES,
     change_config,
     change_state,
@@ -15,6 +16,7 @@ from helpers.families import (
     save_family,
     weight_files,
 )
+from helpers.models import tiny_config
 from safetensors.torch import load_file
 
 from tessera import TesseraConfig
@@ -166,3 +168,107 @@ def test_no_word_of_remote_code_comes_along(tmp_path):
     convert(tmp_path / "theirs", tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "back", to="deepseek_v2")
     assert "auto_map" not in json.loads((tmp_path / "back/config.json").read_text())
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    ("sample", "changes", "sentence"),
+    [
+        ("llama", {"rope_scaling": {"type": "mrope"}}, "rope_type must be one of default, linear"),
+        ("llama", {"rope_parameters": LONGROPE}, "rope_type must be one of .*; got 'longrope'"),
+        ("llama", {"num_key_value_heads": 3}, "multiple of num_key_value_heads"),
+        ("llama", {"num_attention_heads": 0}, "a llama that Tessera cannot be"),
+        ("qwen2", {"layer_types": ["wavy"] * 3}, "layer_types"),
+        ("qwen2", {"hidden_act": "wibble"}, "hidden_act='wibble'"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step must be at least 1, got 0"),
+        ("qwen3_moe", {"moe_intermediate_size": 12}, "moe_intermediate_size to be a multiple of 8, got 12"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok must lie between 1 and"),
+        ("mixtral", {"intermediate_size": None}, "intermediate_size"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "by_inverse_layer_idx must be False, got True"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights must be True, got False"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention must be False, got True"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob must be False, got True"),
+        (
+            "deepseek_v2",
+            {"topk_method": "noaux_tc"},
+            "topk_method must be 'greedy' or 'group_limited_greedy'",
+        ),
+        ("deepseek_v2", {"scoring_func": "sigmoid"}, "scoring_func must be 'softmax', got 'sigmoid'"),
+        ("deepseek_v2", {"rms_norm_eps": 1e-5}, "rms_norm_eps must be 1e-06, got 1e-05"),
+        ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq must be 1, got 2"),
+        ("deepseek_v2", {"n_shared_experts": 0}, "n_shared_experts must be at least 1"),
+        ("deepseek_v2", {"num_key_value_heads": 2}, r"num_key_value_heads \(2\) must equal"),
+        ("deepseek_v2-groups-yarn", {"topk_group": 5}, r"topk_group \(5\) is larger than n_group \(4\)"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method must be 'noaux_tc', got 'greedy'"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func must be 'sigmoid', got 'softmax'"),
+        ("deepseek_v3", {"qk_rope_head_dim": 7}, "rotated width of a head must be even"),
+        ("nanochat", {"dtype": "float99"}, "a nanochat that Tessera cannot be"),
+    ],
+)
+def test_a_configuration_that_tessera_cannot_be_is_refused_by_its_field(sample, changes, sentence):
+    values = SAMPLES[sample].to_dict()
+    with pytest.raises(ValueError, match=sentence) as caught:
+        FAMILIES[family_of(sample)].config_from({**values, **changes})
+    assert "\n" not in str(caught.value)
+
+
+EXPERTS = {
+    "mlp_layer_types": "S",
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("dialect", "tiles", "family", "sentences"),
+    [
+        ("llama-tiny", {}, "qwen2", ["attention_bias is False (there: True)"]),
+        (
+            "llama-tiny",
+            {"attention_bias": True},
+            "qwen2",
+            ["attention_output_bias is True (there: False)"],
+        ),
+        ("llama-tiny", {}, "qwen3_moe", ["qk_norm is None (there: 'before_rope')"]),
+        ("llama-tiny", {}, "mixtral", ["mlp_layer_types is all dense (there: all sparse)"]),
+        ("llama-tiny", EXPERTS, "mixtral", ["norm_topk_prob is False (there: True)"]),
+        ("llama-tiny", {**EXPERTS, "n_shared_experts": 1}, "mixtral", ["n_shared_experts is 1 (there: 0)"]),
+        ("llama-tiny", {**EXPERTS, "scoring_func": "sigmoid"}, "mixtral", ["scoring_func is 'sigmoid'"]),
+        ("llama-tiny", {}, "deepseek_v2", ["attention_type is 'multi_head' (there: 'latent')"]),
+        ("bytegpt-tiny", {}, "deepseek_v2", ["mlp_layer_types is ['dense', 'sparse', 'dense', 'sparse']"]),
+        (
+            "bytegpt-tiny",
+            {"mlp_layer_types": "DSSS", "rms_norm_eps": 1e-5},
+            "deepseek_v2",
+            ["rms_norm_eps must be 1e-06, got 1e-05"],
+        ),
+        (
+            "bytegpt-tiny",
+            {"mlp_layer_types": "DSSS", "norm_topk_prob": True},
+            "deepseek_v2",
+            ["norm_topk_prob is True (there: False)"],
+        ),
+        (
+            "bytegpt-tiny",
+            {"mlp_layer_types": "DSSS", "scoring_func": "sigmoid"},
+            "deepseek_v3",
+            ["router_correction_bias is False (there: True)"],
+        ),
+    ],
+)
+def test_what_stands_in_a_models_way_to_a_family_is_named(dialect, tiles, family, sentences):
+    with pytest.raises(ValueError, match=f"the model cannot be a {family}: ") as caught:
+        FAMILIES[family].config_for(tiny_config(dialect, **tiles))
+    assert all(sentence in str(caught.value) for sentence in sentences), caught.value
+
+
+def test_experts_of_several_dtypes_are_not_stacked(tmp_path):
+    save_family("mixtral", tmp_path / "theirs")
+    name = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
+    change_state(tmp_path / "theirs", lambda s: s.update({name: s[name].bfloat16()}))
+    with pytest.raises(ValueError, match="belong together but are bfloat16 and float32"):
+        convert(tmp_path / "theirs", tmp_path / "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]

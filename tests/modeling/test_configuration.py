@@ -199,6 +199,8 @@ REFUSED = [
     ({"dtype": "bf17"}, "dtype must name a dtype of torch such as 'bfloat16', got 'bf17'"),
     ({"dtype": "nn"}, "dtype must name a dtype"),
     ({"per_layer_config": {"0": {"hidden_size": 8}}}, "per_layer_config is not supported"),
+    ({"converted_from": {"fields": {}}}, "converted_from has the model_type .*; got model_type=None"),
+    ({"converted_from": {"model_type": "llama", "fields": [1], "x": 2}}, r"got fields=\[1\], x=2"),
     # names
     ({"hiden_size": 16}, "TesseraConfig has no field 'hiden_size'; did you mean 'hidden_size'"),
     ({"n_experts": 4}, "no field 'n_experts'; did you mean 'num_experts'"),
@@ -255,6 +257,7 @@ ROUND_TRIPS = {
     "labels, ids and a dtype": lambda: build(
         num_labels=3, eos_token_id=[1, 2], pad_token_id=0, dtype="bfloat16", architectures=["Some"]
     ),
+    "converted": lambda: build(converted_from={"model_type": "llama", "fields": {"pretraining_tp": 2}}),
 }
 
 
