@@ -8,24 +8,38 @@ the arguments of DeepSeek's converter:
 """
 
 import copy
-import shutil
+import platform
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import safetensors
 import torch
+import transformers
 
+import tessera
 from tessera.modeling.configuration_tessera import TesseraConfig
 
+from .acceptance import KINDS, accept
+from .aside import claimed, keep, require_space
 from .checkpoints import Checkpoint
 from .equivalents import drop_predictions_ahead
+from .journal import Journal
+from .outlines import outline, size_of
+from .report import Report, check_against_report, hash_files
 from .rules import Changed
+from .sound_weights import require_one_dtype, sound
 from .sources import open_checkpoint
-from .targets import TARGETS, Options, Target
-from .verify import Difference, build_model, compare_logits, require_same_weights, round_weights
+from .targets import TARGETS, Options, Target, Written
+from .tensor_files import LARGEST_FILE
+from .tokenizer_checks import require_fitting_tokenizer
+from .verify import Difference
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt")
 # Read by the router in fp32 whatever the model's dtype.
 _ALWAYS_FP32 = "e_score_correction_bias"
 
@@ -37,15 +51,19 @@ class Conversion:
     Attributes:
         source, target: kinds of checkpoint.
         parameters: numbers in the tensors written, ranks counted once.
-        difference: of the logits of source and result.
+        difference: of the logits of source and result in fp32; None where they were not compared.
         notes: what was left out, in sentences.
+        report: all of it, as it is stored with the result.
+        course: what became of an earlier call, in sentences.
     """
 
     source: str
     target: str
     parameters: int
-    difference: Difference
+    difference: Difference | None
     notes: list[str]
+    report: Report
+    course: list[str] = field(default_factory=list)
 
 
 def convert(
@@ -57,8 +75,14 @@ def convert(
     mp: int | None = None,
     dtype: str | None = None,
     device: str = "cpu",
+    max_shard_size: int = LARGEST_FILE,
+    verify: str | None = None,
+    verify_memory: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Conversion:
     """Converts a checkpoint. The target appears when it is complete and verified, or not at all.
+
+    What a call that was killed had written is not written again by the same call.
 
     Args:
         source: directory of any kind that `open_checkpoint` knows, or a run's.
@@ -68,26 +92,20 @@ def convert(
         mp: model-parallel ranks of the native layout.
         dtype: to round the weights to; default: as they are.
         device: that the verification runs on.
+        max_shard_size: bytes of tensors in a file of the result.
+        verify: what is compared beside every weight: `full`, the logits of whole models; `sample`, those of
+            some of the layers; `weights`, none. Default: `full` if memory allows it, else `sample`.
+        verify_memory: bytes that the comparison may take; default: what is free.
+        progress: told of bytes written and of all bytes.
 
     Raises:
         ValueError: for a source that is not understood, a target that cannot express the model or is in the
-            way, or a result that is not the same model.
+            way or has no room, or a result that is not the same model.
+        OSError: if a file cannot be written.
     """
+    began = time.monotonic()
     target = Path(target).resolve()
-    if target == Path.cwd():
-        raise ValueError(f"{target} is the current directory, which cannot be replaced; name a new one")
-    if to is not None and to not in TARGETS:
-        raise ValueError(f"--to {to}: known targets are {', '.join(TARGETS)}")
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"--dtype {dtype}: choose from {', '.join(_DTYPES)}")
-    if mp is not None and to not in (None, "native"):
-        raise ValueError(f"model-parallel ranks are for the native layout, not for --to {to}")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is there already and not empty; choose another target")
+    _check_arguments(target, to, mp, dtype, device, max_shard_size, verify)
     checkpoint = open_checkpoint(source)
     if to is None:
         to = "native" if mp is not None else "tessera"
@@ -97,23 +115,83 @@ def convert(
         raise ValueError(
             f"n_experts is {n_experts}, but the model in {source} has {checkpoint.config.n_routed_experts}"
         )
+    require_fitting_tokenizer(checkpoint)
 
     rounding = None if dtype is None else _DTYPES[dtype]
+    options = Options(mp=1 if mp is None else mp, largest_file=max_shard_size)
     config, tensors = _prepare(checkpoint, TARGETS[to], rounding)
-    aside = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        TARGETS[to].write(aside, config, tensors, Options(mp=1 if mp is None else mp))
+    measure = TARGETS[to].size or (lambda config, tensors, options: size_of(tensors))
+    size = measure(config, tensors, options)
+    require_space(target, size + sum(file.stat().st_size for file in checkpoint.side_files))
+
+    written_bytes = 0
+
+    def tell(count: int) -> None:
+        nonlocal written_bytes
+        written_bytes += count
+        if progress is not None:
+            progress(written_bytes, size)
+
+    identity = _identify(checkpoint, to, dtype, options)
+    with claimed(target) as aside:
+        journal = Journal(aside, identity, tell)
+        options = Options(mp=options.mp, largest_file=max_shard_size, journal=journal)
+        TARGETS[to].write(aside, config, tensors, options)
+        check_against_report(checkpoint.folder)
         checkpoint.copy_side_files(aside)
-        difference = _verify(checkpoint, aside, tensors, config, rounding, device)
-        if target.exists():
-            target.rmdir()
-        aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    parameters = sum(tensors[name].numel() for name in tensors)
-    return Conversion(checkpoint.kind, to, parameters, difference, checkpoint.notes)
+        wrote = time.monotonic()
+        written = Written(aside, checkpoint, config, tensors, options, device)
+        verdict = accept(written, TARGETS[to].verify, rounding, verify, verify_memory)
+        report = Report(
+            source={"name": checkpoint.folder.resolve().name, "kind": checkpoint.kind},
+            target={"name": target.name, "kind": to},
+            parameters=sum(outline(tensors, name).numel() for name in tensors),
+            dtype=str(config.dtype).removeprefix("torch."),
+            files=hash_files(_weight_files(aside)),
+            checks=verdict.checks,
+            notes=checkpoint.notes + verdict.notes,
+            seconds={"writing": round(wrote - began, 2), "verifying": round(time.monotonic() - wrote, 2)},
+            versions=_versions(),
+        )
+        report.write(aside)
+        keep(aside, target)
+    course = []
+    if journal.discarded:
+        course.append("what a different call had written for this target is discarded")
+    if journal.bytes_found:
+        course.append(f"{journal.bytes_found:,} bytes were there from a call that had not ended")
+    return Conversion(
+        checkpoint.kind, to, report.parameters, verdict.difference, report.notes, report, course
+    )
+
+
+def _check_arguments(
+    target: Path,
+    to: str | None,
+    mp: int | None,
+    dtype: str | None,
+    device: str,
+    max_shard_size: int,
+    verify: str | None,
+) -> None:
+    if target == Path.cwd():
+        raise ValueError(f"{target} is the current directory, which cannot be replaced; name a new one")
+    if to is not None and to not in TARGETS:
+        raise ValueError(f"--to {to}: known targets are {', '.join(TARGETS)}")
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"--dtype {dtype}: choose from {', '.join(_DTYPES)}")
+    if verify is not None and verify not in KINDS:
+        raise ValueError(f"--verify {verify}: choose from {', '.join(KINDS)}")
+    if max_shard_size < 1:
+        raise ValueError(f"--max-shard-size must be at least a byte, got {max_shard_size}")
+    if mp is not None and to not in (None, "native"):
+        raise ValueError(f"model-parallel ranks are for the native layout, not for --to {to}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} is there already and not empty; choose another target")
 
 
 def _prepare(
@@ -121,6 +199,8 @@ def _prepare(
 ) -> tuple[TesseraConfig, Mapping[str, torch.Tensor]]:
     """The model that will be written: as the target can have it, in the dtype that was asked for."""
     config, tensors = copy.deepcopy(checkpoint.config), checkpoint.tensors
+    require_one_dtype(tensors, rounding)
+    tensors = sound(tensors)
     config.auto_map = {}
     if config.num_mtp_layers and not target.predicts_ahead:
         config, tensors = drop_predictions_ahead(config, tensors)
@@ -133,33 +213,38 @@ def _prepare(
         tensors = Changed(
             tensors, lambda name, tensor: tensor if name.endswith(_ALWAYS_FP32) else tensor.to(rounding)
         )
+        tensors = sound(tensors, f"is not finite after rounding to {rounding}")
     elif config.dtype is None:
-        config.dtype = tensors["model.embed_tokens.weight"].dtype
+        config.dtype = outline(tensors, "model.embed_tokens.weight").dtype
     return config, tensors
 
 
-def _verify(
-    source: Checkpoint,
-    folder: Path,
-    tensors: Mapping[str, torch.Tensor],
-    config: TesseraConfig,
-    rounding: torch.dtype | None,
-    device: str,
-) -> Difference:
-    result = open_checkpoint(folder)
-    require_same_weights(tensors, result.tensors)
+def _identify(checkpoint: Checkpoint, to: str, dtype: str | None, options: Options) -> dict[str, Any]:
+    """What makes two calls the same: nothing that one of them wrote is of use to another."""
+    place = checkpoint.folder.resolve()
+    files = sorted(file for file in place.iterdir() if file.is_file()) if place.is_dir() else [place]
+    return {
+        "source": str(place),
+        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "to": to,
+        "dtype": dtype,
+        "options": {key: value for key, value in vars(options).items() if key != "journal"},
+        "versions": _versions(),
+    }
 
-    def make_source():
-        model = build_model(source)
-        return model if rounding is None else round_weights(model, rounding)
 
-    difference = compare_logits(make_source, lambda: build_model(result), config, device)
-    if not difference.is_small:
-        raise ValueError(
-            f"the result is not the same model: logits differ by up to {difference.largest:.3g}, allowed are "
-            f"{difference.allowed:.3g}; nothing is kept"
-        )
-    return difference
+def _versions() -> dict[str, str]:
+    return {
+        "tessera": tessera.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "safetensors": safetensors.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS)
 
 
 def main(arguments: list[str]) -> None:

@@ -24,9 +24,12 @@ from tessera.modeling.configuration_tessera import TesseraConfig
 from tessera.modeling.loading import read_config, read_json
 
 from .checkpoints import Checkpoint
+from .journal import Journal
 from .model_args import config_from_model_args, model_args_from_config
+from .outlines import outline
 from .rules import UNSTACKED, UNSTACKED_PAIRS, Rule, to_ours, to_theirs
-from .tensor_files import TensorFiles, write_file
+from .tensor_files import TensorFiles
+from .weight_writer import WeightWriter
 
 _LAYER = (
     ("input_layernorm.{p}", "attn_norm.{p}"),
@@ -133,35 +136,63 @@ def check_world(config: TesseraConfig, world: int) -> None:
         raise ValueError(f"mp {world} does not divide {', '.join(wrong)}")
 
 
-def write_native(
-    folder: Path, config: TesseraConfig, tensors: Mapping[str, torch.Tensor], world: int
-) -> None:
-    """Writes one file a rank, and `params.json`.
-
-    Args:
-        folder: an existing directory.
-        config: of the model.
-        tensors: under Tessera's names.
-        world: model-parallel ranks.
+def rank_files(
+    config: TesseraConfig, tensors: Mapping[str, torch.Tensor], world: int
+) -> dict[str, dict[str, torch.Tensor]]:
+    """What each rank's file holds: name of the file -> native name -> tensor on the meta device.
 
     Raises:
         ValueError: if the model cannot be shared among that many.
     """
     check_world(config, world)
     native = to_theirs(tensors, config, RULES)
-    for rank in range(world):
-        part = {}
+    files = {f"model{rank}-mp{world}.safetensors": {} for rank in range(world)}
+    for name in native:
+        meta = outline(native, name)
+        for rank, held in enumerate(files.values()):
+            if _holds(config, name, rank, world):
+                held[name] = take_share(name, meta, rank, world)
+    return files
+
+
+def write_native(
+    folder: Path,
+    config: TesseraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    world: int,
+    journal: Journal | None = None,
+) -> None:
+    """Writes one file a rank, and `params.json`. All files grow together, so each tensor is computed once.
+
+    Args:
+        folder: an existing directory.
+        config: of the model.
+        tensors: under Tessera's names.
+        world: model-parallel ranks.
+        journal: of what is written already.
+
+    Raises:
+        ValueError: if the model cannot be shared among that many.
+        OSError: if there is no room, or a file cannot be written.
+    """
+    files = rank_files(config, tensors, world)
+    native = to_theirs(tensors, config, RULES)
+    with WeightWriter(folder, files, journal) as writer:
         for name in native:
-            if (expert := _EXPERT.fullmatch(name)) and int(
-                expert[1]
-            ) * world // config.n_routed_experts != rank:
+            ranks = {rank: file for rank, file in enumerate(files) if name in files[file]}
+            if all(writer.is_written(file, name) for file in ranks.values()):
                 continue
-            # A copy, so that no view keeps what it is a part of in memory.
-            piece = take_share(name, native[name], rank, world)
-            part[name] = piece.clone(memory_format=torch.contiguous_format)
-        write_file(part, folder / f"model{rank}-mp{world}.safetensors")
+            tensor = native[name]
+            for rank, file in ranks.items():
+                writer.write(file, name, take_share(name, tensor, rank, world))
     params = json.dumps(model_args_from_config(config), indent=2)
     (folder / "params.json").write_text(params + "\n", encoding="utf-8")
+
+
+def _holds(config: TesseraConfig, name: str, rank: int, world: int) -> bool:
+    """Whether a rank has a tensor, or a share of it; of the routed experts each has a range."""
+    expert = _EXPERT.fullmatch(name)
+    return expert is None or int(expert[1]) * world // config.n_routed_experts == rank
 
 
 def take_share(name: str, tensor: torch.Tensor, rank: int, world: int) -> torch.Tensor:
@@ -201,7 +232,13 @@ class RankFiles(Mapping):
         self._names = dict.fromkeys(name for rank in self._ranks for name in rank)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        pieces = [rank[name] for rank in self._ranks if name in rank]
+        return self._join(name, [rank[name] for rank in self._ranks if name in rank])
+
+    def outline(self, name: str) -> torch.Tensor:
+        """The tensor without its numbers, on the meta device."""
+        return self._join(name, [rank.outline(name) for rank in self._ranks if name in rank])
+
+    def _join(self, name: str, pieces: list[torch.Tensor]) -> torch.Tensor:
         if _EXPERT.fullmatch(name):
             if len(pieces) != 1:
                 raise ValueError(f"{self._folder}: {len(pieces)} ranks hold {name}, not one")
@@ -211,6 +248,8 @@ class RankFiles(Mapping):
         dimension = split_dimension(name)
         if dimension is not None:
             return torch.cat(pieces, dim=dimension)
+        if pieces[0].is_meta:
+            return pieces[0]
         if not all(torch.equal(piece, pieces[0]) for piece in pieces):
             raise ValueError(f"{self._folder}: {name} differs between ranks, which should hold the same")
         return pieces[0]

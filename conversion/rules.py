@@ -17,6 +17,8 @@ import torch
 from tessera.modeling.configuration_tessera import TesseraConfig
 from tessera.modeling.modeling_tessera import TesseraForCausalLM
 
+from .outlines import outline
+
 Tensors = list[torch.Tensor]
 
 # Placeholders of a name: layer, expert, weight or bias, and whatever is left.
@@ -143,6 +145,10 @@ class Changed(Mapping):
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._change(name, self._tensors[name])
 
+    def outline(self, name: str) -> torch.Tensor:
+        """The tensor without its numbers, on the meta device."""
+        return self._change(name, outline(self._tensors, name))
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
@@ -163,6 +169,10 @@ class Renamed(Mapping):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._tensors[self._names[name]]
+
+    def outline(self, name: str) -> torch.Tensor:
+        """The tensor without its numbers, on the meta device."""
+        return outline(self._tensors, self._names[name])
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
@@ -195,12 +205,22 @@ class Translated(Mapping):
     def __post_init__(self):
         self._steps = {name: step for step in self.plan for name in (step.theirs if self.out else step.ours)}
         self._last: tuple[Step | None, dict[str, torch.Tensor]] = (None, {})
+        self._last_outlines = self._last
 
     def __getitem__(self, name: str) -> torch.Tensor:
         step = self._steps[name]
         if self._last[0] is not step:
-            self._last = (step, self._run(step))
+            # First without the last one's, so that no two are in memory.
+            self._last = (None, {})
+            self._last = (step, self._run(step, self.tensors.__getitem__))
         return self._last[1][name]
+
+    def outline(self, name: str) -> torch.Tensor:
+        """The tensor without its numbers, on the meta device."""
+        step = self._steps[name]
+        if self._last_outlines[0] is not step:
+            self._last_outlines = (step, self._run(step, lambda other: outline(self.tensors, other)))
+        return self._last_outlines[1][name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._steps)
@@ -208,10 +228,10 @@ class Translated(Mapping):
     def __len__(self) -> int:
         return len(self._steps)
 
-    def _run(self, step: Step) -> dict[str, torch.Tensor]:
+    def _run(self, step: Step, read: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
         sources, targets = (step.ours, step.theirs) if self.out else (step.theirs, step.ours)
         operation = step.operation.out if self.out else step.operation.back
-        tensors = [self.tensors[name] for name in sources]
+        tensors = [read(name) for name in sources]
         if len(kinds := {str(tensor.dtype).removeprefix("torch.") for tensor in tensors}) > 1:
             # Joined they would all take the widest, and come apart as something else.
             raise ValueError(f"{name_some(sources)} belong together but are {' and '.join(sorted(kinds))}")

@@ -13,10 +13,13 @@ import torch
 from tessera.modeling.configuration_tessera import TesseraConfig
 
 from . import native
+from .checkpoints import Checkpoint
 from .equivalents import cut_padding, pair_halves, pair_neighbours
 from .families import FAMILIES, Family
+from .journal import Journal
+from .report import Check
 from .rules import to_theirs
-from .tensor_files import write_safetensors
+from .tensor_files import LARGEST_FILE, planned_size, split_into_files, write_safetensors
 
 Tensors = Mapping[str, torch.Tensor]
 Prepared = tuple[TesseraConfig, Tensors]
@@ -28,9 +31,34 @@ class Options:
 
     Attributes:
         mp: model-parallel ranks, one file each.
+        largest_file: bytes, where a target has several files.
+        journal: of what is written already, and who is told of each tensor; goes to the writers of
+            `tensor_files.py`.
     """
 
     mp: int = 1
+    largest_file: int = LARGEST_FILE
+    journal: Journal | None = None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a target has written, before it is kept.
+
+    Attributes:
+        folder: where it lies.
+        source: the checkpoint that it came from.
+        config, tensors: of the model that was to be written, under Tessera's names.
+        options: that it was written with.
+        device: to run models on.
+    """
+
+    folder: Path
+    source: Checkpoint
+    config: TesseraConfig
+    tensors: Tensors
+    options: Options
+    device: str
 
 
 @dataclass(frozen=True)
@@ -39,7 +67,12 @@ class Target:
 
     Attributes:
         name: on the command line.
-        write: writes a prepared model's configuration and weights into an empty directory.
+        write: writes a prepared model's weights, and after them its configuration, into a directory that may
+            hold what the journal in the options tells of.
+        size: bytes that `write` will write, computed from shapes alone; raises ValueError for a model or
+            options that it cannot write. Default: those of the tensors.
+        verify: compares what was written with its source, for a layout that `open_checkpoint` does not read;
+            default: `verify.py`, by reading it back.
         prepare: the same model as this target can have it.
         predicts_ahead: whether layers for multi-token prediction have a place.
     """
@@ -48,19 +81,29 @@ class Target:
     write: Callable[[Path, TesseraConfig, Tensors, Options], None]
     prepare: Callable[[TesseraConfig, Tensors], Prepared] = lambda config, tensors: (config, tensors)
     predicts_ahead: bool = False
+    size: Callable[[TesseraConfig, Tensors, Options], int] | None = None
+    verify: Callable[[Written], list[Check]] | None = None
 
 
 def _write_tessera(folder: Path, config: TesseraConfig, tensors: Tensors, options: Options) -> None:
+    write_safetensors(folder, tensors, options.largest_file, options.journal)
     config.architectures = ["TesseraForCausalLM"]
     config.save_pretrained(folder)
-    write_safetensors(folder, tensors)
+
+
+def _size_tessera(config: TesseraConfig, tensors: Tensors, options: Options) -> int:
+    return planned_size(split_into_files(tensors, options.largest_file))
 
 
 def _write_native(folder: Path, config: TesseraConfig, tensors: Tensors, options: Options) -> None:
+    native.write_native(folder, config, tensors, options.mp, options.journal)
     config.architectures = ["TesseraForCausalLM"]
     # Not a directory that transformers loads, so without the code for that.
     config.to_json_file(folder / "config.json")
-    native.write_native(folder, config, tensors, options.mp)
+
+
+def _size_native(config: TesseraConfig, tensors: Tensors, options: Options) -> int:
+    return planned_size(native.rank_files(config, tensors, options.mp))
 
 
 def _family_target(family: Family) -> Target:
@@ -71,17 +114,23 @@ def _family_target(family: Family) -> Target:
     def write(folder: Path, config: TesseraConfig, tensors: Tensors, options: Options) -> None:
         theirs = family.config_for(config)
         theirs.dtype = config.dtype
+        renamed = to_theirs(tensors, config, family.rules_to_write(config))
+        write_safetensors(folder, renamed, options.largest_file, options.journal)
         theirs.save_pretrained(folder)
-        write_safetensors(folder, to_theirs(tensors, config, family.rules_to_write(config)))
 
-    return Target(family.model_type, write, prepare, family.predicts_ahead)
+    def size(config: TesseraConfig, tensors: Tensors, options: Options) -> int:
+        family.config_for(config)
+        renamed = to_theirs(tensors, config, family.rules_to_write(config))
+        return planned_size(split_into_files(renamed, options.largest_file))
+
+    return Target(family.model_type, write, prepare, family.predicts_ahead, size)
 
 
 TARGETS = {
     target.name: target
     for target in (
-        Target("tessera", _write_tessera, predicts_ahead=True),
-        Target("native", _write_native),
+        Target("tessera", _write_tessera, predicts_ahead=True, size=_size_tessera),
+        Target("native", _write_native, size=_size_native),
         *map(_family_target, FAMILIES.values()),
     )
 }

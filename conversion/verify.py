@@ -1,12 +1,14 @@
-"""Whether a conversion is the same model: logits of source and result on the same ids, and every weight.
+"""Whether two checkpoints are the same model: logits of both on the same ids, and every weight.
 
-What belongs here: the comparison, and how each kind of checkpoint becomes a model that runs. A family of
-transformers runs in its own class, so that the translation is not compared with itself. Both models are held
-in memory in fp32, one after the other.
+What belongs here: the comparisons of numbers, and how each kind of checkpoint becomes a model that runs. A
+family of transformers runs in its own class, so that the translation is not compared with itself. Models are
+in memory one after the other. What a result has to pass in all is in `acceptance.py`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -23,6 +25,13 @@ TOLERANCE = 1e-4
 # Positions; one more is past the window, if the model has one.
 _LENGTHS = (1, 9, 64)
 _LONGEST = 640
+# Positions whose logits are compared, spread over each row: those of a large vocabulary take much memory.
+_KEPT = 128
+# In a dtype with rounding. Two implementations round in different places, so their noise is alike and not the
+# same: of all families with random weights the result's was 0.8 to 1.3 times the source's.
+NOISE_RATIO = 3.0
+# As a share of the logits' root mean square, for a source that happens to round nothing.
+NOISE_FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,30 @@ class Difference:
         return self.largest <= self.allowed < float("inf")
 
 
+@dataclass(frozen=True)
+class Noise:
+    """How far two models in a dtype with rounding are from the source in fp32, as root mean squares.
+
+    Attributes:
+        source, result: of all differences of logits.
+        scale: of the logits in fp32.
+    """
+
+    source: float
+    result: float
+    scale: float
+
+    @property
+    def allowed(self) -> float:
+        """What `result` may be at most."""
+        return NOISE_RATIO * self.source + NOISE_FLOOR * self.scale
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether the result is as near as the source is; never where a number is not finite."""
+        return self.result <= self.allowed < float("inf")
+
+
 def compare_logits(
     source: Callable[[], nn.Module],
     result: Callable[[], nn.Module],
@@ -61,12 +94,29 @@ def compare_logits(
         config: of the model, for the vocabulary and how far it sees.
         device: to run on.
     """
-    batches = _random_ids(config)
-    expected = _logits(source(), batches, device)
-    found = _logits(result(), batches, device)
+    batches = random_ids(config)
+    return difference(run_model(source(), batches, device), run_model(result(), batches, device))
+
+
+def difference(expected: list[torch.Tensor], found: list[torch.Tensor]) -> Difference:
+    """The largest difference of the logits of two models on the same batches."""
     # Not Python's max, which loses a NaN that does not come first.
     largest = torch.stack([(a - b).abs().max() for a, b in zip(expected, found, strict=True)]).max()
     return Difference(float(largest), float(torch.stack([a.abs().max() for a in expected]).max()))
+
+
+def noise(exact: list[torch.Tensor], source: list[torch.Tensor], result: list[torch.Tensor]) -> Noise:
+    """How far logits of source and result are from those of the source in fp32."""
+
+    def rms(batches: list[torch.Tensor]) -> float:
+        squares = sum(float(batch.double().square().sum()) for batch in batches)
+        return (squares / sum(batch.numel() for batch in batches)) ** 0.5
+
+    return Noise(
+        rms([a - b for a, b in zip(source, exact, strict=True)]),
+        rms([a - b for a, b in zip(result, exact, strict=True)]),
+        rms(exact),
+    )
 
 
 def require_same_weights(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
@@ -80,35 +130,52 @@ def require_same_weights(expected: Mapping[str, torch.Tensor], found: Mapping[st
         raise ValueError(f"{len(wrong)} tensors read back are not what was written ({name_some(wrong)})")
 
 
-def build_model(checkpoint: Checkpoint) -> nn.Module:
-    """The model of a checkpoint in fp32 and eval mode.
+def build_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model of a checkpoint in eval mode.
 
     Raises:
         ValueError: if transformers' own class does not load it, or does not find every tensor.
     """
     if checkpoint.family is None:
-        return assemble(checkpoint.config, checkpoint.tensors)
+        return assemble(checkpoint.config, checkpoint.tensors, dtype)
     kind = getattr(transformers, checkpoint.family.architecture)
+    with check_loading(kind, checkpoint) as loading:
+        loading.model, loading.info = kind.from_pretrained(
+            checkpoint.folder, dtype=dtype, output_loading_info=True
+        )
+    return loading.model.eval()
+
+
+@contextmanager
+def check_loading(kind: type, checkpoint: Checkpoint) -> Iterator[SimpleNamespace]:
+    """Around `from_pretrained`: gives a place for its model and info, and refuses what is not complete."""
+    loading = SimpleNamespace(model=None, info={})
     try:
-        model, info = kind.from_pretrained(checkpoint.folder, dtype=torch.float32, output_loading_info=True)
+        yield loading
     except (KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{kind.__name__} does not load {checkpoint.folder}: {error!r}") from error
+        reason = " ".join(repr(error).split())
+        raise ValueError(f"{kind.__name__} does not load {checkpoint.folder}: {reason}") from error
+    info = loading.info
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = sorted([*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])])
         raise ValueError(f"{kind.__name__} does not find {name_some(missing)} in {checkpoint.folder}")
-    return model.eval()
 
 
-def assemble(config: TesseraConfig, tensors: Mapping[str, torch.Tensor]) -> TesseraForCausalLM:
-    """A Tessera model in fp32 and eval mode from its tensors."""
-    config = hold_predictions_ahead(config)
-    config.dtype = torch.float32
-    model = TesseraForCausalLM(config)
+def assemble(
+    config: TesseraConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32
+) -> TesseraForCausalLM:
+    """A Tessera model in eval mode from its tensors."""
+    model = TesseraForCausalLM._from_config(hold_predictions_ahead(config), dtype=dtype)
     state = model.state_dict()
     with torch.no_grad():
         for name in model_shapes(config):
             state[name].copy_(tensors[name])
     return model.eval()
+
+
+def is_tied(model: nn.Module) -> bool:
+    """Whether head and embedding are one tensor."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def round_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -120,12 +187,19 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, batches: list[torch.Tensor], device: str) -> list[torch.Tensor]:
+def run_model(model: nn.Module, batches: list[torch.Tensor], device: str = "cpu") -> list[torch.Tensor]:
+    """Logits [B, T, V] of a model for each batch of ids [B, T], in fp32 and at no more than `_KEPT` of T."""
     model = model.to(device)
-    return [model(ids.to(device), use_cache=False).logits.float().cpu() for ids in batches]
+    kept = []
+    for ids in batches:
+        logits = model(ids.to(device), use_cache=False).logits
+        places = torch.linspace(0, ids.shape[1] - 1, min(_KEPT, ids.shape[1])).long()
+        kept.append(logits[:, places.to(device)].float().cpu())
+    return kept
 
 
-def _random_ids(config: TesseraConfig) -> list[torch.Tensor]:
+def random_ids(config: TesseraConfig) -> list[torch.Tensor]:
+    """Two rows of random ids for each of several lengths, as far as the model reaches."""
     lengths = [*_LENGTHS, (config.sliding_window or 0) + 8]
     longest = min(_LONGEST, config.max_position_embeddings)
     generator = torch.Generator().manual_seed(0)

@@ -10,7 +10,7 @@ import torch
 import transformers
 from helpers.families import LONGROPE, change_config, change_state, logits, save_family, weight_files
 from helpers.models import EVERY_MODEL, tiny_config, tiny_model
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
@@ -166,19 +166,6 @@ def test_numbers_that_are_none_at_some_lengths_only_are_no_small_difference():
 
 
 @pytest.mark.parametrize("target", ["tessera", "native"])
-def test_a_disk_that_is_full_is_an_error_of_the_file(target, tmp_path, monkeypatch):
-    def full(*given, **settings):
-        raise SafetensorError("I/O error: No space left on device")
-
-    save_tessera("llama-tiny", tmp_path / "ours")
-    monkeypatch.setattr("tessera.conversion.tensor_files.save_file", full)
-    to = {"to": "llama"} if target == "tessera" else {"mp": 2}
-    with pytest.raises(OSError, match="cannot be written: .*No space left"):
-        convert(tmp_path / "ours", tmp_path / "out", **to)
-    assert [path.name for path in tmp_path.iterdir()] == ["ours"]
-
-
-@pytest.mark.parametrize("target", ["tessera", "native"])
 def test_a_result_that_was_written_wrongly_is_not_kept(target, tmp_path, monkeypatch):
     save_family("llama", tmp_path / "theirs")
     right = TARGETS[target]
@@ -214,7 +201,10 @@ def write_index(folder, **values) -> None:
         (lambda d: change_config(d, num_attention_heads=0), "a llama that Tessera cannot be: "),
         (lambda d: change_config(d, dtype="wibble"), "a llama that Tessera cannot be: .*wibble"),
         (lambda d: write_index(d, weight_map={"a": 3}), "has no weight_map, which says where"),
-        (lambda d: write_index(d, weight_map={"a": "one.safetensors"}), "LlamaForCausalLM does not load"),
+        (
+            lambda d: write_index(d, weight_map={"a": "one.safetensors"}),
+            "says that a is in one.safetensors, which does not hold it",
+        ),
         (
             lambda d: change_state(d, lambda s: s.pop("model.norm.weight")),
             "does not fit its configuration: missing model.norm.weight",

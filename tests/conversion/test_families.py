@@ -20,7 +20,6 @@ from helpers.models import tiny_config
 from safetensors.torch import load_file
 
 from tessera import TesseraConfig
-from tessera.conversion import tensor_files
 from tessera.conversion.convert import convert
 from tessera.conversion.families import FAMILIES
 from tessera.modeling.loading import load_model
@@ -93,15 +92,14 @@ def test_mixtral_is_written_under_the_names_of_its_releases(tmp_path):
 
 
 @pytest.mark.parametrize("sample", ["llama", "mixtral"])
-def test_sharded_checkpoints_are_read_and_written(sample, tmp_path, monkeypatch):
+def test_sharded_checkpoints_are_read_and_written(sample, tmp_path):
     save_family(sample, tmp_path / "one")
     save_family(sample, tmp_path / "many", max_shard_size="50KB")
     assert len(weight_files(tmp_path / "many")) > 3
     for kind in ("one", "many"):
         convert(tmp_path / kind, tmp_path / f"from-{kind}")
     assert weight_files(tmp_path / "from-one") == weight_files(tmp_path / "from-many")
-    monkeypatch.setattr(tensor_files.write_safetensors, "__defaults__", (50_000,))
-    convert(tmp_path / "from-one", tmp_path / "split", to=sample)
+    convert(tmp_path / "from-one", tmp_path / "split", to=sample, max_shard_size=50_000)
     assert len(weight_files(tmp_path / "split")) > 3
     auto = transformers.AutoModelForCausalLM
     model, info = auto.from_pretrained(tmp_path / "split", output_loading_info=True)

@@ -1,0 +1,93 @@
+"""Tokenizers of source and result: the same ids, and none past the embedding.
+
+What belongs here: what is asked of a tokenizer that travels with a model.
+"""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .checkpoints import Checkpoint
+from .report import Check
+
+# Short, of several scripts, with what tokenizers treat in ways of their own: runs of spaces, digits, signs.
+SAMPLE_TEXT = (
+    "A mill by the brook ground 1,250 sacks of rye in 1887, and the miller's son counted them twice.\n"
+    "    def area(width, height):  return width * height\n"
+    "Größe und Maß; élève, naïve; мельница у ручья; 水车在小溪边; ミル; 🌾🌾 -- 3.14159!\n"
+)
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+
+
+def require_fitting_tokenizer(checkpoint: Checkpoint) -> None:
+    """Refuses a tokenizer that is damaged, or gives ids that the model has no embedding for.
+
+    Raises:
+        ValueError: naming the file, or both sizes.
+    """
+    file = checkpoint.folder / "tokenizer.json"
+    if file.is_file():
+        try:
+            Tokenizer.from_file(str(file))
+        except Exception as error:  # the library has no class of its own for this
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{file} is no tokenizer: {reason}; restore it, or take it away") from error
+    tokenizer, _ = load_tokenizer(checkpoint.folder)
+    if tokenizer is not None:
+        _require_size(tokenizer, checkpoint)
+
+
+def compare_tokenizers(source: Checkpoint, result: Checkpoint) -> tuple[list[Check], list[str], list[int]]:
+    """Compares the tokenizers beside two checkpoints.
+
+    Returns:
+        The checks, notes on what could not be compared, and the ids of the sample text where there are some.
+
+    Raises:
+        ValueError: if the result's has more tokens than the model.
+    """
+    ours, why = load_tokenizer(result.folder)
+    theirs, why_theirs = load_tokenizer(source.folder)
+    if ours is not None:
+        _require_size(ours, result)
+    if theirs is None and ours is None:
+        reason = why_theirs or why
+        note = f"the tokenizer could not be loaded, so its ids are not compared: {reason}"
+        return [], [note] if reason else [], []
+    ids = [] if ours is None else ours(SAMPLE_TEXT)["input_ids"]
+    if theirs is None:  # it comes in another form, which only its own conversion reads
+        return [], [], ids
+    expected = theirs(SAMPLE_TEXT)["input_ids"]
+    if ours is None:
+        return [Check("tokenizer", False, why or "the result has none")], [], expected
+    differing = [
+        what
+        for what, one, other in (
+            ("ids", expected, ids),
+            ("vocabulary", theirs.get_vocab(), ours.get_vocab()),
+            ("special tokens", theirs.special_tokens_map, ours.special_tokens_map),
+            ("chat template", theirs.chat_template, ours.chat_template),
+        )
+        if one != other
+    ]
+    found = f"{' and '.join(differing)} differ" if differing else f"{len(ours):,} tokens, equal ids"
+    return [Check("tokenizer", not differing, found)], [], ids
+
+
+def load_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase | None, str]:
+    """The tokenizer of a directory as transformers loads it, or why it does not."""
+    if not folder.is_dir() or not any((folder / name).is_file() for name in _FILES):
+        return None, ""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True), ""
+    except Exception as error:  # whatever a tokenizer of any kind raises
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _require_size(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> None:
+    if len(tokenizer) > checkpoint.config.vocab_size:
+        raise ValueError(
+            f"{checkpoint.folder}: the tokenizer has {len(tokenizer):,} tokens, but the model's vocabulary "
+            f"{checkpoint.config.vocab_size:,} (vocab_size): one of them belongs to another model"
+        )
