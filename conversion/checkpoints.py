@@ -29,7 +29,7 @@ class Checkpoint:
 
     Attributes:
         folder: where it is; a file, for a format of one file.
-        kind: `tessera`, `native`, `nanochat-original`, another source's name or a family's model type.
+        kind: `tessera`, `native`, another source's name or a family's model type.
         config: as Tessera has it.
         tensors: under Tessera's names, read when asked for.
         family: its family in transformers, if it is of one.

@@ -139,6 +139,7 @@ def convert(
         TARGETS[to].write(aside, config, tensors, options)
         check_against_report(checkpoint.folder)
         checkpoint.copy_side_files(aside)
+        checkpoint.notes += TARGETS[to].finish(aside)
         wrote = time.monotonic()
         written = Written(aside, checkpoint, config, tensors, options, device)
         verdict = accept(written, TARGETS[to].verify, rounding, verify, verify_memory)

@@ -9,7 +9,7 @@ application; the lists are in `families/`, `native.py` and `nanochat_original.py
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -278,6 +278,23 @@ def to_theirs(ours: Mapping[str, torch.Tensor], config: TesseraConfig, rules: li
         ValueError: if the layout has no place for one.
     """
     return Translated(ours, make_plan(config, rules), out=True)
+
+
+def require_depth(names: Iterable[str], layer: str, depth: int, what: str) -> None:
+    """Compares a number of layers with the names in a file, before anything of that size is made.
+
+    Args:
+        names: of tensors.
+        layer: pattern that finds the number of a layer at the beginning of a name.
+        depth: the number of layers that is said.
+        what: says it.
+
+    Raises:
+        ValueError: if the tensors are of more or fewer layers.
+    """
+    found = {int(match[1]) for match in (re.match(layer, name) for name in names) if match}
+    if max(found, default=-1) + 1 != depth:
+        raise ValueError(f"{what} is {depth}, but the tensors are of {max(found, default=-1) + 1} layers")
 
 
 def name_some(names) -> str:

@@ -1,8 +1,8 @@
 """The ways in: which kind of checkpoint lies at a path.
 
-What belongs here: the list. Each source is a module with `recognises(path)`, which looks at names alone, and
-`open_source(path)`, which returns a `Checkpoint` and leaves its tensors on disk until they are asked for. The
-first that recognises a path opens it.
+What belongs here: the list. Each source is a module with `recognises(path)`, which looks at names (and at
+headers, where a name says too little), and `open_source(path)`, which returns a `Checkpoint` and leaves its
+tensors on disk until they are asked for. The first that recognises a path opens it.
 """
 
 from pathlib import Path

@@ -17,6 +17,8 @@ from .checkpoints import Checkpoint
 from .equivalents import cut_padding, pair_halves, pair_neighbours
 from .families import FAMILIES, Family
 from .journal import Journal
+from .nanochat_original import ARCHITECTURES, Architecture, prepare_nanochat, write_nanochat
+from .nanochat_tokenizer import write_ranks
 from .report import Check
 from .rules import to_theirs
 from .tensor_files import LARGEST_FILE, planned_size, split_into_files, write_safetensors
@@ -75,6 +77,7 @@ class Target:
             default: `verify.py`, by reading it back.
         prepare: the same model as this target can have it.
         predicts_ahead: whether layers for multi-token prediction have a place.
+        finish: adds what is made of the tokenizer, once that is there; gives sentences for the user.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Target:
     predicts_ahead: bool = False
     size: Callable[[TesseraConfig, Tensors, Options], int] | None = None
     verify: Callable[[Written], list[Check]] | None = None
+    finish: Callable[[Path], list[str]] = lambda folder: []
 
 
 def _write_tessera(folder: Path, config: TesseraConfig, tensors: Tensors, options: Options) -> None:
@@ -126,11 +130,22 @@ def _family_target(family: Family) -> Target:
     return Target(family.model_type, write, prepare, family.predicts_ahead, size)
 
 
+def _nanochat_target(kind: Architecture) -> Target:
+    def prepare(config: TesseraConfig, tensors: Tensors) -> Prepared:
+        return prepare_nanochat(config, tensors, kind)
+
+    def write(folder: Path, config: TesseraConfig, tensors: Tensors, options: Options) -> None:
+        write_nanochat(folder, config, tensors, kind)
+
+    return Target(kind.name, write, prepare, finish=write_ranks)
+
+
 TARGETS = {
     target.name: target
     for target in (
         Target("tessera", _write_tessera, predicts_ahead=True, size=_size_tessera),
         Target("native", _write_native, size=_size_native),
         *map(_family_target, FAMILIES.values()),
+        *map(_nanochat_target, ARCHITECTURES),
     )
 }

@@ -5,7 +5,6 @@ in `safetensors_format.py`; which tensors mean the same is said in `rules.py`.
 """
 
 import json
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -110,25 +109,6 @@ def _read_index(index: Path) -> dict[str, str]:
         if not file or file in (".", "..") or any(sign in file for sign in '/\\:\0"\n'):
             raise ValueError(f"{index} places {name} in {file!r}, which is no file beside it")
     return files
-
-
-def read_pt(file: Path) -> dict[str, torch.Tensor]:
-    """Reads a dictionary of tensors that `torch.save` wrote, and refuses any other object.
-
-    Raises:
-        ValueError: if the file holds anything but tensors by name, or cannot be read.
-    """
-    try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} holds pickled objects beside tensors, which could run code when read; refused"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise ValueError(f"{file} is not a dictionary of tensors")
-    return tensors
 
 
 def split_into_files(

@@ -9,7 +9,8 @@ from ._common import silence_transformers
 
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="Model directory of any known kind, or a run directory.")
+        str,
+        typer.Argument(metavar="SOURCE", help="Model directory of any known kind, or a run directory."),
     ],
     target: Annotated[
         str, typer.Argument(metavar="TARGET", help="Directory to write; must not be there yet.")
@@ -26,7 +27,8 @@ def convert(
     to: Annotated[
         str | None,
         typer.Option(
-            help="tessera, native, llama, mistral, qwen3, gpt2, deepseek_v3 or nanochat; default: tessera, "
+            help="tessera, native, llama, mistral, qwen3, gpt2, deepseek_v3, nanochat, or nanochat's own "
+            "nanochat-original (July 2026) and nanochat-2025; default: tessera, "
             "or native if ranks are given."
         ),
     ] = None,
@@ -39,8 +41,8 @@ def convert(
     """Convert from and to other families and native shards.
 
     What SOURCE is, its files say: a Tessera, Llama, Mistral, Qwen3, GPT-2, DeepSeek-V3 or NanoChat model,
-    the native layout, or nanochat's own model_*.pt. The result is kept only if its logits are those of the
-    source.
+    the native layout, or nanochat's own model_*.pt. The result is
+    kept only if its logits are those of the source.
     """
     if n_experts is not None and ranks is None:
         raise ValueError("give both numbers or neither: N_EXPERTS and MP, the ranks of the native layout")
