@@ -33,7 +33,7 @@ def require_fitting_tokenizer(checkpoint: Checkpoint) -> None:
         except Exception as error:  # the library has no class of its own for this
             reason = str(error).splitlines()[0]
             raise ValueError(f"{file} is no tokenizer: {reason}; restore it, or take it away") from error
-    tokenizer, _ = load_tokenizer(checkpoint.folder)
+    tokenizer, _ = _load_theirs(checkpoint)
     if tokenizer is not None:
         _require_size(tokenizer, checkpoint)
 
@@ -48,7 +48,7 @@ def compare_tokenizers(source: Checkpoint, result: Checkpoint) -> tuple[list[Che
         ValueError: if the result's has more tokens than the model.
     """
     ours, why = load_tokenizer(result.folder)
-    theirs, why_theirs = load_tokenizer(source.folder)
+    theirs, why_theirs = _load_theirs(source)
     if ours is not None:
         _require_size(ours, result)
     if theirs is None and ours is None:
@@ -73,6 +73,11 @@ def compare_tokenizers(source: Checkpoint, result: Checkpoint) -> tuple[list[Che
     ]
     found = f"{' and '.join(differing)} differ" if differing else f"{len(ours):,} tokens, equal ids"
     return [Check("tokenizer", not differing, found)], [], ids
+
+
+def _load_theirs(source: Checkpoint) -> tuple[PreTrainedTokenizerBase | None, str]:
+    """The tokenizer of a source, or why transformers does not load it: not in a form that is its own."""
+    return (None, "") if source.write_tokenizer is not None else load_tokenizer(source.folder)
 
 
 def load_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase | None, str]:

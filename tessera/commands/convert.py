@@ -41,7 +41,7 @@ def convert(
     """Convert from and to other families and native shards.
 
     What SOURCE is, its files say: a Tessera, Llama, Mistral, Qwen3, GPT-2, DeepSeek-V3 or NanoChat model,
-    the native layout, or nanochat's own model_*.pt. The result is
+    the native layout, nanochat's own model_*.pt, or Meta's consolidated.*.pth. The result is
     kept only if its logits are those of the source.
     """
     if n_experts is not None and ranks is None:
