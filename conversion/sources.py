@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tessera.training.checkpoints import find_checkpoint
 
-from . import hugging_face, meta_original, nanochat_original, native
+from . import hugging_face, llama2c, meta_original, nanochat_original, native
 from .checkpoints import Checkpoint
 
-SOURCES = (native, nanochat_original, meta_original, hugging_face)
+SOURCES = (native, nanochat_original, meta_original, llama2c, hugging_face)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:

@@ -23,7 +23,7 @@ from .save import wrap
 SPACE = "\u2581"
 
 # sentencepiece_model.proto
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+NORMAL, UNKNOWN, CONTROL, _USER_DEFINED, _UNUSED, BYTE = range(1, 7)
 _BPE = 2
 
 _ALL_SPACES = 2**16
@@ -84,7 +84,7 @@ def read_model(data: bytes, name: str) -> SentencePieceModel:
             "of the rule identity can be imported"
         )
     kinds = {piece.kind for piece in pieces}
-    if _NORMAL not in kinds or _UNUSED in kinds or trainer.get(24, 0):
+    if NORMAL not in kinds or _UNUSED in kinds or trainer.get(24, 0):
         raise ValueError(
             f"{name} has unused pieces, spaces after words, or no ordinary pieces: it cannot be imported"
         )
@@ -115,21 +115,25 @@ def sentencepiece_tokenizer(data: bytes, name: str = "the model") -> PreTrainedT
     Raises:
         ValueError: as `read_model`.
     """
-    model = read_model(data, name)
+    return tokenizer_of_pieces(read_model(data, name))
+
+
+def tokenizer_of_pieces(model: SentencePieceModel) -> PreTrainedTokenizerFast:
+    """The tokenizer of pieces and scores, wherever they were read; see `sentencepiece_tokenizer`."""
     roles = {f"{role}_token": model.pieces[index].text for role, index in model.roles.items()}
     return wrap(_backend(model), **roles)
 
 
 def _backend(model: SentencePieceModel) -> Tokenizer:
     vocabulary = {piece.text: index for index, piece in enumerate(model.pieces)}
-    unknown = next((piece.text for piece in model.pieces if piece.kind == _UNKNOWN), None)
+    unknown = next((piece.text for piece in model.pieces if piece.kind == UNKNOWN), None)
     backend = Tokenizer(
         models.BPE(
             vocabulary,
             _merges(model.pieces),
             unk_token=unknown,
             fuse_unk=True,
-            byte_fallback=any(piece.kind == _BYTE for piece in model.pieces),
+            byte_fallback=any(piece.kind == BYTE for piece in model.pieces),
         )
     )
     steps = []
@@ -161,7 +165,7 @@ def _backend(model: SentencePieceModel) -> Tokenizer:
         [
             AddedToken(piece.text, special=True, normalized=False)
             for piece in model.pieces
-            if piece.kind in (_CONTROL, _UNKNOWN)
+            if piece.kind in (CONTROL, UNKNOWN)
         ]
     )
     # Found after spaces have become marks; one that is written with a space never is.
@@ -177,9 +181,9 @@ def _backend(model: SentencePieceModel) -> Tokenizer:
 
 def _merges(pieces: list[Piece]) -> list[tuple[str, str]]:
     """All pairs of pieces that make an ordinary piece, in the order in which SentencePiece prefers those."""
-    ordinary = {piece.text for piece in pieces if piece.kind == _NORMAL}
+    ordinary = {piece.text for piece in pieces if piece.kind == NORMAL}
     merges = []
-    for piece in sorted((piece for piece in pieces if piece.kind == _NORMAL), key=lambda piece: -piece.score):
+    for piece in sorted((piece for piece in pieces if piece.kind == NORMAL), key=lambda piece: -piece.score):
         cuts = ((piece.text[:cut], piece.text[cut:]) for cut in range(1, len(piece.text)))
         merges += [(left, right) for left, right in cuts if left in ordinary and right in ordinary]
     return merges
@@ -188,7 +192,7 @@ def _merges(pieces: list[Piece]) -> list[tuple[str, str]]:
 def _piece(data: bytes) -> Piece:
     fields = dict(_fields(data))
     score = struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0
-    return Piece(fields[1].decode("utf-8"), score, fields.get(3, _NORMAL))
+    return Piece(fields[1].decode("utf-8"), score, fields.get(3, NORMAL))
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:

@@ -10,7 +10,9 @@ from ._common import silence_transformers
 def convert(
     source: Annotated[
         str,
-        typer.Argument(metavar="SOURCE", help="Model directory of any known kind, or a run directory."),
+        typer.Argument(
+            metavar="SOURCE", help="Model directory or file of any known kind, or a run directory."
+        ),
     ],
     target: Annotated[
         str, typer.Argument(metavar="TARGET", help="Directory to write; must not be there yet.")
@@ -41,8 +43,8 @@ def convert(
     """Convert from and to other families and native shards.
 
     What SOURCE is, its files say: a Tessera, Llama, Mistral, Qwen3, GPT-2, DeepSeek-V3 or NanoChat model,
-    the native layout, nanochat's own model_*.pt, or Meta's consolidated.*.pth. The result is
-    kept only if its logits are those of the source.
+    the native layout, nanochat's own model_*.pt, Meta's consolidated.*.pth, or llama2.c's .bin. The result
+    is kept only if its logits are those of the source.
     """
     if n_experts is not None and ranks is None:
         raise ValueError("give both numbers or neither: N_EXPERTS and MP, the ranks of the native layout")
