@@ -146,11 +146,11 @@ class Family:
             theirs = type(AutoConfig.for_model(self.model_type)).from_dict(values)
             self._check_required(theirs)
             ours = TesseraConfig(**self._fields_from(theirs), dtype=theirs.dtype)
+            self._remember(theirs, ours)
         except _MISFITS as error:
             raise ValueError(
                 f"a {self.model_type} that Tessera cannot be: {first_sentence(error)}"
             ) from error
-        self._remember(theirs, ours)
         return ours
 
     def leave_predictions_out(self, ours: TesseraConfig) -> None:

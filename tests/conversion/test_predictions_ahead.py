@@ -33,14 +33,16 @@ def add_copies(folder, of_head: float = 0.0, layer: int = 3) -> None:
 
     def add(state):
         state[f"model.layers.{layer}.embed_tokens.weight"] = state["model.embed_tokens.weight"].clone()
-        state[f"model.layers.{layer}.shared_head.head.weight"] = state["lm_head.weight"] + of_head
+        head = state.get("lm_head.weight", state["model.embed_tokens.weight"])
+        state[f"model.layers.{layer}.shared_head.head.weight"] = head + of_head
 
     change_state(folder, add)
 
 
+@pytest.mark.parametrize("sample", ["deepseek_v3", "deepseek_v3-tied"])
 @pytest.mark.parametrize("copies", [True, False])
-def test_layers_for_multi_token_prediction_go_round(copies, tmp_path):
-    save_family("deepseek_v3", tmp_path / "theirs")
+def test_layers_for_multi_token_prediction_go_round(sample, copies, tmp_path):
+    save_family(sample, tmp_path / "theirs")
     add_predictor(tmp_path / "theirs")
     if copies:
         add_copies(tmp_path / "theirs")

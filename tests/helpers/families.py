@@ -158,6 +158,7 @@ SAMPLES = {
     "deepseek_v3-yarn": transformers.DeepseekV3Config(
         **DEEPSEEK_V3, rope_parameters=YARN, rope_interleave=False, num_mtp_layers=0
     ),
+    "deepseek_v3-tied": transformers.DeepseekV3Config(**DEEPSEEK_V3, tie_word_embeddings=True),
     "deepseek_v3-dense": transformers.DeepseekV3Config(
         **{**DEEPSEEK_V3, "first_k_dense_replace": 3, "q_lora_rank": None}, num_mtp_layers=0
     ),
