@@ -4,6 +4,7 @@ What belongs here: the list of comparisons and their order, the cheap ones first
 `verify.py`, some of the layers chosen in `samples.py`, tokenizers compared in `tokenizer_checks.py`.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -93,7 +94,17 @@ def accept(
     verdict.add(*checks)
     verdict.notes += notes
     if kind != "weights":
-        _compare_logits(verdict, written, result, rounding, text, _choose(verdict, written, kind, memory))
+        layers = _choose(verdict, written, kind, memory)
+        try:
+            _compare_logits(verdict, written, result, rounding, text, layers)
+        except (RuntimeError, MemoryError) as error:
+            # The second is how oneDNN says it.
+            if not isinstance(error, MemoryError) and not re.search("memory|create a primitive", str(error)):
+                raise
+            raise ValueError(
+                "memory is not enough to compare logits: name less with --verify-memory, or choose --verify "
+                f"sample or weights ({str(error).splitlines()[0] if str(error) else 'out of memory'})"
+            ) from error
     return verdict
 
 
@@ -208,5 +219,5 @@ def _compare_in_dtype(verdict, run, build, source, result, exact, dtype: torch.d
         return
     apart = noise(exact, of_source, run(build(result, dtype)))
     name = f"logits in {word}, distance from float32"
-    figure = f"{apart.result:.3g} (source: {apart.source:.3g})"
+    figure = f"{apart.result:.3g}, the source's {apart.source:.3g}"
     verdict.add(Check(name, apart.is_alike, figure, f"{apart.allowed:.3g}"))

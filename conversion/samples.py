@@ -29,6 +29,8 @@ from .verify import assemble, check_loading
 # So many layers as a rule; more where a model has kinds of layers that come later.
 LAYERS = 3
 _LAYER = re.compile(r"((?:\w+\.)*?(?:layers|h)\.)(\d+)(\..+)")
+# Bytes beside the weights: activations, and what the library's threads that load a model reserve.
+_RESERVE = 3 * 10**8
 _DEPTH = ("num_hidden_layers", "n_layer")
 _AHEAD = ("num_mtp_layers", "num_nextn_predict_layers")
 
@@ -51,7 +53,7 @@ def free_memory() -> int:
 
 
 def memory_needed(config: TesseraConfig, layers: int | None = None) -> int:
-    """Bytes to build a model, or one of so many of its layers: in fp32, and once more for what is read."""
+    """Bytes to run a model, or one of so many of its layers: in fp32, and once more for what is read."""
     sizes = {name: shape.numel() for name, shape in model_shapes(config).items()}
     per_layer: dict[int, int] = {}
     for name, size in sizes.items():
@@ -59,7 +61,7 @@ def memory_needed(config: TesseraConfig, layers: int | None = None) -> int:
             per_layer[int(match[2])] = per_layer.get(int(match[2]), 0) + size
     rest = sum(sizes.values()) - sum(per_layer.values())
     held = sum(per_layer.values()) if layers is None else layers * max(per_layer.values())
-    return 8 * (rest + held)
+    return 8 * (rest + held) + _RESERVE
 
 
 def choose_layers(config: TesseraConfig, count: int) -> list[int] | None:

@@ -17,7 +17,8 @@ SAMPLE_TEXT = (
     "    def area(width, height):  return width * height\n"
     "Größe und Maß; élève, naïve; мельница у ручья; 水车在小溪边; ミル; 🌾🌾 -- 3.14159!\n"
 )
-_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "spiece.model")
+# Any of these sets is one.
+_FILES = (("tokenizer.json",), ("tokenizer.model",), ("spiece.model",), ("vocab.json", "merges.txt"))
 
 
 def require_fitting_tokenizer(checkpoint: Checkpoint) -> None:
@@ -82,12 +83,12 @@ def _load_theirs(source: Checkpoint) -> tuple[PreTrainedTokenizerBase | None, st
 
 def load_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase | None, str]:
     """The tokenizer of a directory as transformers loads it, or why it does not."""
-    if not folder.is_dir() or not any((folder / name).is_file() for name in _FILES):
+    if not any(all((folder / name).is_file() for name in names) for names in _FILES):
         return None, ""
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True), ""
     except Exception as error:  # whatever a tokenizer of any kind raises
-        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return None, f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def _require_size(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> None:

@@ -28,8 +28,9 @@ _LONGEST = 640
 # Positions whose logits are compared, spread over each row: those of a large vocabulary take much memory.
 _KEPT = 128
 # In a dtype with rounding. Two implementations round in different places, so their noise is alike and not the
-# same: of all families with random weights the result's was 0.8 to 1.3 times the source's.
-NOISE_RATIO = 3.0
+# same: with random weights of every family in bf16 and fp16, and of every dialect to native in bf16, the
+# result's was 0.94 to 1.01 times the source's.
+NOISE_RATIO = 2.0
 # As a share of the logits' root mean square, for a source that happens to round nothing.
 NOISE_FLOOR = 1e-3
 
