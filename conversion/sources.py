@@ -25,9 +25,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         ValueError: if nothing that is known is there, or it does not fit its own configuration.
     """
     place = Path(path)
-    source = _find_source(place)
+    # A run has a configuration as well; its model is the one that it came to.
+    source = None if (place / "recipe.yaml").is_file() else _find_source(place)
     if source is None:
-        # A run: the model that it came to.
         place = find_checkpoint(place)
         source = _find_source(place) or hugging_face
     try:

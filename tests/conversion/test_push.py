@@ -90,6 +90,8 @@ def test_a_run_is_pushed_and_a_stranger_loads_it(hub, tmp_path):
     run = tmp_path / "run"
     model = save_model(run / "final")
     (run / "recipe.yaml").write_text(yaml.safe_dump({"steps": 7, "data_file": "/srv/me/books.txt"}))
+    # As pretraining leaves it in the run: no model of its own.
+    (run / "config.json").write_text("{}")
     words = ("--license", "mit", "--message", "It begins")
     done = python(hub, "-m", "tessera", "push", run, "someone/first", *words)
     assert done.returncode == 0, done.stderr
