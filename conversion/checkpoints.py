@@ -17,7 +17,7 @@ from tessera.modeling.configuration_tessera import TesseraConfig
 from .families import Family
 
 # What comes with weights, to be taken along as it is.
-_SIDE_FILES = re.compile(
+SIDE_FILES = re.compile(
     r"tokenizer.*\.(json|model)|chat_template\.(jinja|json)|special_tokens_map\.json|added_tokens\.json"
     r"|vocab\.(json|txt)|merges\.txt|spiece\.model|tekken\.json|generation_config\.json"
 )
@@ -50,7 +50,7 @@ class Checkpoint:
         """Tokenizer, chat template and generation settings beside the weights."""
         if not self.folder.is_dir():
             return []
-        return sorted(p for p in self.folder.iterdir() if p.is_file() and _SIDE_FILES.fullmatch(p.name))
+        return sorted(p for p in self.folder.iterdir() if p.is_file() and SIDE_FILES.fullmatch(p.name))
 
     def copy_side_files(self, folder: Path) -> None:
         """Brings tokenizer, chat template and generation settings into another directory."""

@@ -4,6 +4,7 @@ What belongs here: from a configuration and the files of a run to the page. Only
 """
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,25 @@ from tessera.data.hashing import file_sha256
 from tessera.modeling.accounting import count_costs
 from tessera.modeling.configuration_tessera import TesseraConfig
 from tessera.modeling.loading import read_json
+from tessera.training.curves import draw_curve, draw_measures, read_metrics
 
+from .card_usage import describe_use
 from .families import architecture
 
+CURVE = "loss.png"
+# What `convert` says of its own work.
+REPORT = "conversion_report.json"
 # Of a recipe: where data and starting weights come from, and what says nothing of the result.
 _DATA = ("data_file", "data", "dataset")
 _STARTS = ("model", "ckpt_path")
 _LOCAL = ("save_path", "eval_data", "sample_prompt", "sample_tokens", "tokenizer", "resume")
+# What post-training records beside losses by tokens: key in `metrics.jsonl` -> what it is called.
+_MEASURES = {
+    "loss": "loss",
+    "reward_accuracy": "reward accuracy",
+    "reward": "reward",
+    "mean_reward": "held out reward",
+}
 
 
 def write_model_card(
@@ -30,80 +43,119 @@ def write_model_card(
     config: TesseraConfig,
     model_type: str,
     *,
+    model: Path | None = None,
     run: Path | None = None,
+    step: int | None = None,
     license: str | None = None,
+    converted: str | None = None,
+    notes: list[str] | None = None,
     on_hub: Callable[[str, str], bool] = lambda name, kind: False,
 ) -> None:
-    """Writes `README.md`.
+    """Writes `README.md`, and the curve that it shows. A README.md beside the model is taken as it is.
 
     Args:
         folder: of the release, with its weights, and its tokenizer if it has one.
         repo_id: where it will be.
         config: of the model, as Tessera has it.
         model_type: `tessera`, whose code travels with the weights, or a family of transformers.
-        run: run directory with `recipe.yaml` and `eval.json`, as far as they are there.
+        model: directory that the weights come from.
+        run: run directory with `recipe.yaml`, `metrics.jsonl` and `eval.json`, as far as they are there.
+        step: of an unfinished run, whose checkpoint this is.
         license: identifier as the Hub knows it.
+        converted: what the weights went through for the release, in words.
+        notes: what was left out of them, in sentences.
         on_hub: whether a name that the recipe gives is a `model` or `dataset` there. Paths are not on the
             card: they are of one machine only.
+
+    Raises:
+        ValueError: if a file of the run or somebody's README.md cannot be read.
     """
-    recipe, scores = _read_recipe(run), _read_scores(run, folder)
+    model = model or folder
+    places = [place / "README.md" for place in (model, run) if place is not None]
+    if written := next((card for card in places if card.is_file()), None):
+        _take_card(written, folder / "README.md", license)
+        if (written.parent / CURVE).is_file() and not (folder / CURVE).exists():
+            shutil.copyfile(written.parent / CURVE, folder / CURVE)
+        return
+    recipe = _read_recipe(run)
+    records = _read_records(run, step)
+    remote = model_type == "tessera"
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         license=license,
-        tags=["tessera", *(["custom_code"] if model_type == "tessera" else [])],
+        tags=[
+            "tessera",
+            *(["custom_code"] if remote else []),
+            *(["conversational"] if (folder / "chat_template.jinja").is_file() else []),
+        ],
         datasets=[name for name in _named(recipe, _DATA) if on_hub(name, "dataset")] or None,
         base_model=next((name for name in _named(recipe, _STARTS) if on_hub(name, "model")), None),
     )
     sections = [
         f"# {repo_id.split('/')[-1]}",
-        _introduction(config, model_type),
+        _introduction(config, model_type, step),
         "## Use",
-        _usage(repo_id, model_type == "tessera", folder),
+        *describe_use(repo_id, model_type, folder, config.max_position_embeddings),
         "## Architecture",
-        _table(_describe(config)),
+        _table({**_describe(config), **_describe_tokenizer(folder)}),
     ]
-    settings = {
-        key: _without_folders(value)
-        for key, value in recipe.items()
-        if value is not None and key not in _LOCAL
-    }
-    if settings:
-        sections += ["## Training", _table(settings)]
-    if scores:
-        sections += ["## Evaluation", _table(scores)]
+    tables = _describe_data(recipe), _describe_training(recipe, records)
+    training = [_table(rows) for rows in tables if rows]
+    if draw(records, folder / CURVE, repo_id):
+        training.append(f"![The course of the training]({CURVE})")
+    if training:
+        sections += ["## Training", *training]
+    if scores := _read_scores(run, model):
+        sections += ["## Evaluation"]
+        if converted is not None:
+            sections.append("Measured before the conversion of which is told below.")
+        sections.append(f"```text\n{scores}\n```")
+    if conversion := _describe_conversion(model, converted, notes or []):
+        sections += ["## Conversion", *conversion]
     text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
     ModelCard(text).save(folder / "README.md")
 
 
-def _introduction(config: TesseraConfig, model_type: str) -> str:
+def draw(records: list[dict], path: Path, title: str) -> bool:
+    """Draws what a run recorded; whether there was something, and matplotlib to draw it with."""
+    losses = [record for record in records if "tokens" in record and {"loss", "val_loss"} & record.keys()]
+    measures = {key: name for key, name in _MEASURES.items() if any(key in record for record in records)}
+    if measures.keys() - {"loss"}:
+        return draw_measures(records, path, title, measures)
+    if len(losses) < 2:
+        return False
+    # Fine-tuning measures no bits per byte.
+    if all("val_bits_per_byte" in record for record in losses if "val_loss" in record):
+        return draw_curve(losses, path, title)
+    return draw_measures(records, path, title, {"loss": "loss", "val_loss": "held out loss"})
+
+
+def _take_card(source: Path, target: Path, license: str | None) -> None:
+    """Somebody's own card; a license that it lacks is put in."""
+    try:
+        text = source.read_text(encoding="utf-8")
+        card = ModelCard(text)
+    except (UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{source} is no model card: {' '.join(str(error).split())}") from error
+    if license is None or card.data.license == license:
+        target.write_text(text, encoding="utf-8")
+        return
+    if card.data.license is not None:
+        raise ValueError(f"{source} names the license {card.data.license}, and --license says {license}")
+    card.data.license = license
+    card.save(target)
+
+
+def _introduction(config: TesseraConfig, model_type: str, step: int | None) -> str:
     costs = count_costs(config)
     active = "" if costs.active == costs.parameters else f" ({costs.active:,} of them active for a token)"
     kind = "Tessera" if model_type == "tessera" else f"`{model_type}`"
+    unfinished = "" if step is None else f" A checkpoint of step {step:,} of a run that goes on."
     return (
         f"A {kind} decoder of {costs.parameters:,} parameters{active} with a context of "
-        f"{config.max_position_embeddings:,} tokens."
+        f"{config.max_position_embeddings:,} tokens.{unfinished}"
     )
-
-
-def _usage(repo_id: str, remote: bool, folder: Path) -> str:
-    trust = ", trust_remote_code=True" if remote else ""
-    lines = [f'model = AutoModelForCausalLM.from_pretrained("{repo_id}"{trust})']
-    if (folder / "chat_template.jinja").is_file():
-        inputs = [
-            "inputs = tokenizer.apply_chat_template(",
-            '    [{"role": "user", "content": "Hello!"}],',
-            '    add_generation_prompt=True, return_tensors="pt", return_dict=True,',
-            ")",
-        ]
-    else:
-        inputs = ['inputs = tokenizer("Once upon a time", return_tensors="pt")']
-    names = "AutoModelForCausalLM"
-    if (folder / "tokenizer_config.json").is_file():
-        names += ", AutoTokenizer"
-        lines += [f'tokenizer = AutoTokenizer.from_pretrained("{repo_id}"{trust})', *inputs]
-        lines += ["out = model.generate(**inputs, max_new_tokens=100)", "print(tokenizer.decode(out[0]))"]
-    return "```python\n" + "\n".join([f"from transformers import {names}", "", *lines]) + "\n```"
 
 
 def _describe(config: TesseraConfig) -> dict[str, Any]:
@@ -114,6 +166,76 @@ def _describe(config: TesseraConfig) -> dict[str, Any]:
     shown = {name: tiles[name] for name in sizes}
     shown |= {name: value for name, value in tiles.items() if value != plain.get(name)}
     return {name: _short(value) for name, value in shown.items() if value is not None}
+
+
+def _describe_tokenizer(folder: Path) -> dict[str, str]:
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return {}
+    values = read_json(file)
+    model = values.get("model") or {}
+    vocabulary = model.get("vocab") or ()
+    tokens = len(vocabulary) + sum(
+        token.get("content") not in vocabulary for token in values.get("added_tokens") or []
+    )
+    return {"tokenizer": f"{model.get('type') or 'a tokenizer'}, {tokens:,} tokens"}
+
+
+def _describe_data(recipe: dict[str, Any]) -> dict[str, str]:
+    """What the folders of tokens that a run read say of themselves, where they are still there."""
+    rows = {}
+    for key in _DATA:
+        given = recipe.get(key) or []
+        for name in given if isinstance(given, list) else [given]:
+            folder = Path(str(name).rpartition(":")[0] or str(name))
+            folder = folder if folder.is_dir() else Path(str(name))
+            if not (folder / "data_meta.json").is_file():
+                continue
+            meta = read_json(folder / "data_meta.json")
+            counts = [
+                f"{count:,} {unit} for {use}"
+                for split, use in (("train", "training"), ("val", "validation"))
+                for unit in ("tokens", "documents")
+                if isinstance(count := (meta.get(split) or {}).get(unit), int)
+            ]
+            sources = [_without_folders(str(source.get("source"))) for source in meta.get("sources") or []]
+            rows[f"data in {folder.name}"] = "; ".join([*counts, *sources])
+    return {name: text for name, text in rows.items() if text}
+
+
+def _describe_training(recipe: dict[str, Any], records: list[dict]) -> dict[str, Any]:
+    """The recipe without paths, and what the run came to."""
+    rows = {
+        key: _without_folders(value)
+        for key, value in recipe.items()
+        if value is not None and key not in _LOCAL
+    }
+    if records:
+        last = records[-1]
+        rows["steps done"] = f"{last['step']:,}"
+        if last.get("tokens"):
+            rows["tokens seen"] = f"{last['tokens']:,}"
+        if last.get("seconds"):
+            rows["time"] = f"{last['seconds'] / 60:,.1f} minutes"
+        for key, name in (
+            ("val_loss", "validation loss at the end, nats per token"),
+            ("val_bits_per_byte", "validation at the end, bits per byte"),
+        ):
+            if found := [record[key] for record in records if key in record]:
+                rows[name] = float(found[-1])
+    return rows
+
+
+def _describe_conversion(model: Path, converted: str | None, notes: list[str]) -> list[str]:
+    """What was done to the weights, as far as it is known."""
+    lines = [] if converted is None else [f"From {converted}."]
+    lines += [f"{note[0].upper()}{note[1:]}." for note in notes if note]
+    file = model / REPORT
+    report = read_json(file) if file.is_file() else {}
+    rows = {key: value for key, value in report.items() if isinstance(value, str | int | float)}
+    # Of where things were the report knows paths, which are of one machine.
+    rows = {key: value for key, value in rows.items() if not re.search(r"[/\\]", str(value))}
+    return [*lines, _table(rows)] if rows else lines
 
 
 def _short(value: Any) -> Any:
@@ -141,27 +263,33 @@ def _read_recipe(run: Path | None) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _read_scores(run: Path | None, folder: Path) -> dict[str, float]:
-    """The figures of `eval.json`, if they are of these very weights."""
+def _read_records(run: Path | None, step: int | None) -> list[dict]:
+    """What the run recorded up to these weights."""
+    file = None if run is None else run / "metrics.jsonl"
+    if file is None or not file.is_file():
+        return []
+    records = [record for record in read_metrics(file) if isinstance(record, dict) and "step" in record]
+    return [record for record in records if step is None or record["step"] <= step]
+
+
+def _read_scores(run: Path | None, model: Path) -> str | None:
+    """The table of `eval.json`, if it is of these very weights."""
+    from tessera.evaluation.report import format_table
+
     file = None if run is None else run / "eval.json"
     if file is None or not file.is_file():
-        return {}
+        return None
     report = read_json(file)
     measured = (report.get("model") or {}).get("sha256") or {}
-    files = {name: folder / name for name in measured}
+    files = {name: model / name for name in measured}
     if not measured or not all(file.is_file() for file in files.values()):
-        return {}
+        return None
     if any(file_sha256(files[name]) != sha for name, sha in measured.items()):
-        return {}
-    return dict(_numbers(report.get("results") or {}))
-
-
-def _numbers(values: dict, prefix: str = ""):
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _numbers(value, f"{prefix}{name} ")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield f"{prefix}{name}", value
+        return None
+    try:
+        return format_table(report)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is no report of `tessera eval`: it lacks {error}; measure again") from error
 
 
 def _without_folders(value: Any) -> Any:

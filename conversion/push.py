@@ -1,214 +1,329 @@
-"""A model as others load it: the complete directory with its code and card, checked, and sent to the Hub.
+"""A model to the Hub: what goes where, and one commit that is there whole or not at all.
 
-What belongs here: what a release consists of, the proof that it loads where Tessera is not installed, and one
-commit to the Hub with every way that can fail as a sentence.
+What belongs here: what a push changes in a repository, in sentences before it happens; the sending, which a
+further call takes up where a lost connection left it; and every way that can fail as a sentence. What is sent
+is in `release.py`.
 """
 
-import json
-import os
-import shutil
-import subprocess
-import sys
+import hashlib
+import math
+import re
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig
 
+from tessera.data.hashing import file_sha256
 from tessera.data.hub_errors import why_refused
-from tessera.modeling.loading import read_json
 
-from .checkpoints import Checkpoint
-from .model_card import write_model_card
-from .sources import open_checkpoint
-from .tensor_files import INDEX, SINGLE_FILE
-from .verify import TOLERANCE, build_model
+from .checkpoints import SIDE_FILES
+from .release import (
+    Origin,
+    ReleaseFile,
+    build_release,
+    check_release,
+    discard,
+    find_origin,
+    left_out,
+    list_release,
+    write_release,
+)
 
 T = TypeVar("T")
 
-# What older versions of transformers wrote into configurations.
-_PATHS = {"_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file"}
-
-# Loads a directory as somebody does who has transformers and no Tessera.
-_LOAD = """
-import sys
-sys.modules["tessera"] = None
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, ids, out, remote, has_tokenizer = sys.argv[1:]
-ids, remote = load_file(ids)["ids"], remote == "True"
-model, info = AutoModelForCausalLM.from_pretrained(
-    folder, trust_remote_code=remote, dtype=torch.float32, output_loading_info=True
+# Of an earlier release, what a loader would take up instead of or beside the new one's files.
+_LOADED_BY_NAME = re.compile(
+    rf"(model|pytorch_model)[^/]*\.(safetensors|bin)(\.index\.json)?|adapter_config\.json|{SIDE_FILES.pattern}"
 )
-assert not info["missing_keys"] and not info["unexpected_keys"], info
-if has_tokenizer == "True":
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote)
-    assert len(tokenizer) <= model.config.vocab_size, "the tokenizer has more tokens than the model"
-with torch.no_grad():
-    save_file({"logits": model.eval()(ids, use_cache=False).logits.float().contiguous()}, out)
-model.generate(ids[:1, :1], max_new_tokens=2, do_sample=False, pad_token_id=0)
-"""
+# Files that are uploaded before their arrival is fixed; as many as the client sends at once.
+_TOGETHER = 5
+
+
+@dataclass
+class Remote:
+    """A repository as it is before a push.
+
+    Attributes:
+        is_there: whether it is.
+        is_private: whether only its owners see it.
+        head: commit of the branch; None if there is no such branch yet.
+        files: path -> (size, hash, whether that is the content's SHA-256 and not git's).
+    """
+
+    is_there: bool = False
+    is_private: bool = False
+    head: str | None = None
+    files: dict[str, tuple[int, str, bool]] = field(default_factory=dict)
 
 
 def push(
     model: str | Path,
     repo_id: str,
     *,
+    family: str | None = None,
+    dtype: str | None = None,
     private: bool = False,
     revision: str | None = None,
     message: str | None = None,
     license: str | None = None,
-    dry_run: str | Path | None = None,
+    output: str | Path | None = None,
+    dry_run: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> str:
     """Builds and checks the release of a model, and commits it to the Hub.
+
+    What a loader of the new release would take from an earlier one in its place (shards beside a single file,
+    another tokenizer) goes in the same commit; other files stay.
 
     Args:
         model: model directory, or a run's.
         repo_id: `owner/name`; created if it is not there.
+        family: to convert to first: `llama`, `qwen3` or another of transformers'; default: as it is.
+        dtype: to round to first: `float32`, `bfloat16` or `float16`; default: as it is.
         private: of a new repository; one that is there and public is refused.
         revision: branch, made from the main one if it is not there; default: the main one.
         message: of the commit.
         license: identifier for the card.
-        dry_run: directory to put the release in, instead of sending it.
+        output: directory to put the release in, instead of sending it.
+        dry_run: only say what would be sent.
+        say: is given what happens, a line at a time.
 
     Returns:
-        The address of the commit, or the directory.
+        The address of the commit, or of the repository after a dry run, or the directory.
 
     Raises:
         ValueError: for a model that cannot be released as it is, a name that the Hub does not take, or a Hub
             that refuses or is not reached.
     """
+    _require_name(repo_id)
+    if output is not None and Path(output).exists():
+        raise ValueError(f"{output} is there already; choose another directory")
+    sends = output is None and not dry_run
+    if sends:
+        if not get_token():
+            raise ValueError("there is no token for the Hub: set HF_TOKEN, or log in with `hf auth login`")
+        # Before the work: whether the Hub is there, knows the token, and what it would be put on.
+        _ask(lambda api: api.whoami(), repo_id)
+        remote = _look(repo_id, revision, private)
+    elif dry_run:
+        try:
+            remote = _look(repo_id, revision, private)
+        except ValueError as error:
+            remote = None
+            say(f"what is at {repo_id} now is not known: {error}")
+    with tempfile.TemporaryDirectory(prefix="tessera-push-") as scratch:
+        folder = Path(scratch) / "release"
+        folder.mkdir()
+        checkpoint, origin = find_origin(model, family, dtype)
+        build_release(checkpoint, folder, repo_id, origin=origin, license=license, on_hub=_on_hub)
+        check_release(checkpoint, folder, Path(scratch))
+        say("loads without Tessera, with the same logits")
+        files = list_release(folder)
+        _describe(files, origin, dry_run, say)
+        if not sends:
+            if dry_run:
+                _describe_target(repo_id, revision, private, remote, files, say)
+            if output is not None:
+                write_release(folder, Path(output))
+            discard(origin)
+            return f"{HfApi().endpoint}/{repo_id}" if output is None else str(output)
+        _describe_target(repo_id, revision, private, remote, files, say)
+        url = send(files, remote, repo_id, private, revision, message or "Upload model", say)
+        discard(origin)
+        return url
+
+
+def _require_name(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"{repo_id!r} cannot be a name on the Hub: {error}") from error
     if repo_id.count("/") != 1:
         raise ValueError(f"{repo_id!r} lacks the owner: give owner/name")
-    if dry_run is not None and Path(dry_run).exists():
-        raise ValueError(f"{dry_run} is there already; choose another directory")
-    if dry_run is None:
-        if not get_token():
-            raise ValueError("there is no token for the Hub: set HF_TOKEN, or log in with `hf auth login`")
-        # Before the work: whether the Hub is there and knows the token.
-        _ask(lambda api: api.whoami(), repo_id)
-    with tempfile.TemporaryDirectory(prefix="tessera-push-") as scratch:
-        folder = Path(scratch) / "release"
-        folder.mkdir()
-        checkpoint = open_checkpoint(model)
-        build_release(checkpoint, folder, repo_id, run=_find_run(model), license=license)
-        check_release(checkpoint, folder, Path(scratch))
-        if dry_run is not None:
-            aside = Path(dry_run).with_name(f".{Path(dry_run).name}.partial")
-            shutil.rmtree(aside, ignore_errors=True)
+
+
+# ---- what is there, and what becomes of it ----
+
+
+def _look(repo_id: str, revision: str | None, private: bool) -> Remote:
+    """What is at the branch, or at the main one that it would be made from."""
+
+    def look(api: HfApi) -> Remote:
+        try:
+            about = api.model_info(repo_id)
+        except RepositoryNotFoundError as error:
+            if error.response.status_code == 401:
+                raise ValueError("private repositories are not seen without a token") from error
+            return Remote()
+        _require_private(repo_id, private, about.private)
+        head = about.sha
+        if revision is not None:
+            if any(tag.name == revision for tag in api.list_repo_refs(repo_id).tags):
+                raise ValueError(f"{revision} is a tag of {repo_id}, which stays as it is; name a branch")
             try:
-                shutil.copytree(folder, aside)
-                aside.rename(dry_run)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
-            return str(dry_run)
-        return _upload(folder, repo_id, private, revision, message or "Upload model")
+                head = api.model_info(repo_id, revision=revision).sha
+            except RevisionNotFoundError:
+                head = None
+        files = {
+            entry.path: (entry.size, entry.lfs.sha256, True)
+            if entry.lfs
+            else (entry.size, entry.blob_id, False)
+            for entry in api.list_repo_tree(repo_id, recursive=True, revision=head)
+            if hasattr(entry, "blob_id")
+        }
+        return Remote(True, about.private, head, files)
+
+    return _ask(look, repo_id)
 
 
-def build_release(
-    checkpoint: Checkpoint, folder: Path, repo_id: str, *, run: Path | None = None, license: str | None = None
-) -> None:
-    """Fills an empty directory with everything that others need.
-
-    Raises:
-        ValueError: if the checkpoint is of a kind that transformers does not load.
-    """
-    if checkpoint.kind not in ("tessera", getattr(checkpoint.family, "model_type", None)):
+def _require_private(repo_id: str, private: bool, is_private: bool | None) -> None:
+    if private and not is_private:
         raise ValueError(
-            f"{checkpoint.folder} is in the layout '{checkpoint.kind}', which transformers does not load; "
-            "convert it first"
+            f"{repo_id} is there already and public; choose another name, or make it private on the Hub"
         )
-    for file in _weight_files(checkpoint.folder):
-        _link_or_copy(file, folder / file.name)
-    for file in checkpoint.side_files:
-        _copy_without_paths(file, folder / file.name)
-    if checkpoint.family is None:
-        config = checkpoint.config
-        config.architectures = ["TesseraForCausalLM"]
-        config.save_pretrained(folder)
-    else:
-        _copy_without_paths(checkpoint.folder / "config.json", folder / "config.json")
-    if not (folder / "generation_config.json").is_file():
-        GenerationConfig.from_model_config(checkpoint.config).save_pretrained(folder)
-    if not (folder / "tokenizer_config.json").is_file() and checkpoint.config.vocab_size == 256:
-        from tessera.tokenization import build_byte_tokenizer
-
-        build_byte_tokenizer().save_pretrained(folder)
-    write_model_card(
-        folder, repo_id, checkpoint.config, checkpoint.kind, run=run, license=license, on_hub=_on_hub
-    )
 
 
-def check_release(checkpoint: Checkpoint, folder: Path, scratch: Path) -> None:
-    """Loads a release in a new process that cannot import Tessera nor go online, and compares the logits.
+def _describe(files: list[ReleaseFile], origin: Origin, each: bool, say: Callable[[str], None]) -> None:
+    if origin.step is not None:
+        say(f"the run is not finished: this is its checkpoint of step {origin.step:,}")
+    if origin.converted is not None:
+        say(f"converted: {origin.converted}")
+    for note in origin.notes:
+        say(note)
+    for file in files if each else []:
+        storage = ", large-file storage" if file.is_large else ""
+        say(f"  {file.name:<32} {format_size(file.size):>9}  {file.what}{storage}")
+    total = format_size(sum(file.size for file in files))
+    say(f"  {f'{len(files)} files':<32} {total:>9}" if each else f"{len(files)} files, {total}")
+    if names := left_out(origin.model, files):
+        say(f"stays here: {_some(names)}")
+
+
+def _describe_target(
+    repo_id: str,
+    revision: str | None,
+    private: bool,
+    remote: Remote | None,
+    files: list[ReleaseFile],
+    say: Callable[[str], None],
+) -> None:
+    branch = revision or "main"
+    if remote is None:
+        return say(f"to: {repo_id}, branch {branch}")
+    if not remote.is_there:
+        return say(f"to: {repo_id}, new and {'private' if private else 'public'}, branch {branch}")
+    new = "" if remote.head else ", which is new"
+    say(f"to: {repo_id}, there and {'private' if remote.is_private else 'public'}, branch {branch}{new}")
+    same = {file.name for file in files if _is_same(file, remote)}
+    replaced = [file.name for file in files if file.name in remote.files and file.name not in same]
+    gone, kept = left_over(remote, files)
+    for words, names in (
+        ("the same there", sorted(same)),
+        ("replaced there", replaced),
+        ("removed there, being of another release", gone),
+        ("stays there", kept),
+    ):
+        if names:
+            say(f"{words}: {_some(names)}")
+
+
+def left_over(remote: Remote, files: list[ReleaseFile]) -> tuple[list[str], list[str]]:
+    """What a repository has beside a release: what would be loaded with it, and the rest."""
+    names = {file.name for file in files}
+    others = [name for name in sorted(remote.files) if name not in names and name != ".gitattributes"]
+    gone = [name for name in others if _LOADED_BY_NAME.fullmatch(name)]
+    return gone, [name for name in others if name not in gone]
+
+
+def _is_same(file: ReleaseFile, remote: Remote) -> bool:
+    there = remote.files.get(file.name)
+    return there is not None and there[0] == file.size and there[1] == content_hash(file.path, there[2])
+
+
+def content_hash(path: Path, sha256: bool) -> str:
+    """The name of a file's content on the Hub: its SHA-256 in large-file storage, else what git calls it."""
+    if sha256:
+        return file_sha256(path)
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def format_size(size: int) -> str:
+    """A size as people read it."""
+    if size < 1000:
+        return f"{size} B"
+    power = min(int(math.log10(size)) // 3, 4)
+    return f"{size / 1000**power:.1f} {('', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _some(names: list[str], most: int = 12) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+# ---- sending ----
+
+
+def send(
+    files: list[ReleaseFile],
+    remote: Remote,
+    repo_id: str,
+    private: bool,
+    revision: str | None,
+    message: str,
+    say: Callable[[str], None] = lambda line: None,
+) -> str:
+    """Uploads what the repository does not have yet, and commits everything at once.
+
+    Contents go first, a few files at a time; the Hub keeps them although nothing names them yet, and asks a
+    further call for the others only. So a lost connection costs the files on their way, and no reader ever
+    sees half a release; `upload_folder` of the Hub's client makes several commits of a large one.
+
+    Args:
+        files: of the release.
+        remote: the repository as it was looked at; a branch that has moved since is refused.
+        repo_id, private, revision, message, say: as `push` has them.
+
+    Returns:
+        The address of the commit, or of the branch's if nothing is new.
 
     Raises:
-        ValueError: if it does not load, or is not the same model.
+        ValueError: if the Hub refuses or is not reached.
     """
-    length = min(32, checkpoint.config.max_position_embeddings - 2)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(checkpoint.config.vocab_size, (2, max(length, 1)), generator=generator)
-    save_file({"ids": ids}, scratch / "ids.safetensors")
-    arguments = [folder, scratch / "ids.safetensors", scratch / "logits.safetensors"]
-    arguments += [checkpoint.family is None, (folder / "tokenizer_config.json").is_file()]
-    environment = {
-        **os.environ,
-        # A home of its own: the code must come from the directory and from no cache.
-        "HF_HOME": str(scratch / "home"),
-        "HF_MODULES_CACHE": str(scratch / "home" / "modules"),
-        "HF_HUB_OFFLINE": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    loaded = subprocess.run(
-        [sys.executable, "-c", _LOAD, *map(str, arguments)],
-        cwd=scratch,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if loaded.returncode:
-        lines = [line for line in loaded.stderr.splitlines() if line.strip()] or ["no message"]
-        raise ValueError(f"the release does not load without Tessera: {lines[-1]}")
-    with torch.no_grad():
-        expected = build_model(checkpoint)(ids, use_cache=False).logits.float()
-    found = load_file(scratch / "logits.safetensors")["logits"]
-    largest, allowed = (
-        float((expected - found).abs().max()),
-        TOLERANCE * max(1.0, float(expected.abs().max())),
-    )
-    if not largest <= allowed:
-        raise ValueError(f"the release loads as another model: logits differ by up to {largest:.3g}")
+    additions = [
+        CommitOperationAdd(file.name, str(file.path)) for file in files if not _is_same(file, remote)
+    ]
+    gone, _ = left_over(remote, files)
 
-
-def _upload(folder: Path, repo_id: str, private: bool, revision: str | None, message: str) -> str:
-    def send(api: HfApi) -> str:
+    def commit(api: HfApi) -> str:
         api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and not api.model_info(repo_id).private:
-            raise ValueError(
-                f"{repo_id} is there already and public; choose another name, or make it private on the Hub"
-            )
+        _require_private(repo_id, private, private and api.model_info(repo_id).private)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message
+        if not additions and not gone:
+            head = api.model_info(repo_id, revision=revision).sha
+            say("everything is there already: no commit")
+            return f"{api.endpoint}/{repo_id}/commit/{head}"
+        for first in range(0, len(additions), _TOGETHER):
+            api.preupload_lfs_files(repo_id, additions[first : first + _TOGETHER], revision=revision)
+        operations = [*additions, *map(CommitOperationDelete, gone)]
+        done = api.create_commit(
+            repo_id, operations, commit_message=message, revision=revision, parent_commit=remote.head
         )
-        return commit.commit_url
+        return done.commit_url
 
-    return _ask(send, repo_id)
+    return _ask(commit, repo_id, "; what has arrived is kept there, and the same command sends the rest")
 
 
-def _ask(question: Callable[[HfApi], T], repo_id: str) -> T:
+def _ask(question: Callable[[HfApi], T], repo_id: str, advice: str = "") -> T:
     """What the Hub answers, or why it does not, in a sentence."""
     api = HfApi()
     try:
@@ -217,7 +332,7 @@ def _ask(question: Callable[[HfApi], T], repo_id: str) -> T:
         reason = why_refused(error, api.endpoint, repo_id)
         if reason is None:
             raise
-        raise ValueError(reason) from error
+        raise ValueError(reason + advice) from error
 
 
 def _on_hub(name: str, kind: str) -> bool:
@@ -226,39 +341,3 @@ def _on_hub(name: str, kind: str) -> bool:
         return HfApi().repo_exists(name, repo_type=kind)
     except Exception:
         return False
-
-
-def _find_run(model: str | Path) -> Path | None:
-    """The run that a model belongs to."""
-    path = Path(model).absolute()
-    if path.name == "final":
-        path = path.parent
-    elif path.parent.name == "checkpoints":
-        path = path.parent.parent
-    return path if (path / "recipe.yaml").is_file() else None
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if not index.is_file():
-        return [folder / SINGLE_FILE]
-    places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    return [index, *(folder / name for name in sorted(set(places.values())))]
-
-
-def _copy_without_paths(source: Path, target: Path) -> None:
-    """Copies a file; of a JSON configuration, not where its parts once lay on somebody's machine."""
-    values = read_json(source) if source.name in ("config.json", "tokenizer_config.json") else {}
-    if not values.keys() & _PATHS:
-        shutil.copyfile(source, target)
-        return
-    kept = {key: value for key, value in values.items() if key not in _PATHS}
-    target.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Weights are large: a second name for the same file where the file system can, else a copy."""
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copy(source, target)

@@ -1,26 +1,45 @@
-"""What an error of the Hub's client means, in a sentence: for all that is sent there, tokens and models.
+"""What an error of the Hub's client means, in a sentence: for all that is sent there and fetched from there.
 
 What belongs here: errors that a user can do something about. All others stay what they are.
 """
 
 
-def why_refused(error: BaseException | None, endpoint: str, repo: str) -> str | None:
+def why_refused(error: BaseException | None, endpoint: str, repo: str, reads: bool = False) -> str | None:
     """A sentence on an error of `huggingface_hub`; None for one that is not about the Hub.
 
     Args:
         error: what it raised.
         endpoint: address of the Hub.
-        repo: what was to be written.
+        repo: what was to be written or read.
+        reads: which of the two.
     """
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
+    if isinstance(error, GatedRepoError) and reads:
+        return (
+            f"{repo} is given only to those who were granted access: ask for it on its page at {endpoint}, "
+            "and use your token (HF_TOKEN, or `hf auth login`)"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo} has no such branch, tag or commit as was asked for"
+    if isinstance(error, RepositoryNotFoundError) and reads:
+        return (
+            f"there is no {repo} on the Hub, or it is private and your token does not see it (HF_TOKEN, or "
+            "`hf auth login`)"
+        )
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
-        reasons = {
-            401: "the Hub does not know the token; check HF_TOKEN, or log in with `hf auth login`",
-            403: f"the token may not write to {repo}",
-        }
         said = str(error).splitlines()[-1].strip()
+        reasons = {401: "the Hub does not know the token; check HF_TOKEN, or log in with `hf auth login`"}
+        # The Hub answers the same to a token that may not write and to storage that is full.
+        if "storage" not in said.lower():
+            reasons[403] = f"the token may not {'read' if reads else 'write to'} {repo}"
         return reasons.get(status, f"the Hub refused {repo} ({status}): {said}")
     if isinstance(error, OfflineModeIsEnabled):
         return "the Hub cannot be reached: HF_HUB_OFFLINE is set"
@@ -29,6 +48,9 @@ def why_refused(error: BaseException | None, endpoint: str, repo: str) -> str | 
         return f"the Hub at {endpoint} cannot be reached: {error}"
     if isinstance(error, RuntimeError):
         # Of a file that could not be uploaded it says no more than the name; the reason is beneath.
-        reason = why_refused(error.__cause__, endpoint, repo)
+        reason = why_refused(error.__cause__, endpoint, repo, reads)
         return reason and f"{str(error).rstrip('.')}, and nothing was changed there: {reason}"
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        # Of a snapshot that could not be fetched.
+        return why_refused(error.__cause__, endpoint, repo, reads)
     return None

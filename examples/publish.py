@@ -19,7 +19,7 @@ def main() -> None:
         print(push(CHAT, sys.argv[1]))
         return
     release = FOLDER / "release"
-    push(CHAT, "your-name/a-model", dry_run=release)
+    push(CHAT, "your-name/a-model", output=release)
     print(*sorted(path.name for path in release.iterdir()), sep="\n")
 
 

@@ -1,6 +1,5 @@
 """What is pushed is complete: others load it, without Tessera, and it is the same model."""
 
-import hashlib
 import json
 import os
 import subprocess
@@ -20,7 +19,8 @@ from transformers import GenerationConfig
 from tessera import build_byte_tokenizer
 from tessera.conversion import push as pushing
 from tessera.conversion.convert import convert
-from tessera.conversion.push import build_release, check_release, push
+from tessera.conversion.push import push
+from tessera.conversion.release import build_release, check_release
 from tessera.conversion.sources import open_checkpoint
 
 # A stranger: transformers, a Hub, and nothing called tessera.
@@ -107,11 +107,12 @@ def test_a_run_is_pushed_and_a_stranger_loads_it(hub, tmp_path):
     assert repository.commit(repository.resolve("main"))["title"] == "It begins"
 
 
-def test_a_llama_export_is_pushed_to_a_branch_and_needs_no_code(in_process, tmp_path):
+def test_pushed_as_llama_to_a_branch_it_needs_no_code(in_process, tmp_path, monkeypatch):
     hub = in_process
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
     model = save_model(tmp_path / "ours", "llama-tiny")
-    convert(tmp_path / "ours", tmp_path / "llama", to="llama")
-    push(tmp_path / "llama", "someone/llama", revision="first", private=True)
+    lines = []
+    push(tmp_path / "ours", "someone/llama", family="llama", revision="first", private=True, say=lines.append)
     module, ids, logits = stranger_loads(hub, "someone/llama", False, tmp_path, revision="first")
     assert module == "transformers.models.llama.modeling_llama"
     with torch.no_grad():
@@ -121,14 +122,21 @@ def test_a_llama_export_is_pushed_to_a_branch_and_needs_no_code(in_process, tmp_
     assert repository.about["private"]
     files = repository.commit(repository.resolve("first"))["files"]
     assert not any(name.endswith(".py") for name in files)
+    card = repository.blob(files["README.md"]["sha256"]).read_text()
+    assert 'AutoModelForCausalLM.from_pretrained("someone/llama")' in card
+    assert "From tessera to llama; the logits differ by at most" in card and "trust_remote_code" not in card
+    assert any(line.startswith("converted: tessera to llama") for line in lines)
+    assert not list((tmp_path / "cache/tessera/push").iterdir()), "nothing is kept after success"
 
 
-def test_what_shall_be_private_does_not_go_where_everybody_reads(in_process, tmp_path):
-    repository = in_process.create("models", "someone/public")
+def test_what_cannot_be_the_family_is_told_with_the_field(in_process, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
     save_model(tmp_path / "ours", "llama-tiny")
-    with pytest.raises(ValueError, match="someone/public is there already and public"):
-        push(tmp_path / "ours", "someone/public", private=True)
-    assert not repository.commit(repository.resolve("main"))["files"]
+    with pytest.raises(ValueError, match="cannot be a gpt2: .*norm_type is 'rms_norm'"):
+        push(tmp_path / "ours", "someone/gpt", family="gpt2")
+    with pytest.raises(ValueError, match="--as gguf: transformers loads tessera, llama"):
+        push(tmp_path / "ours", "someone/gpt", family="gguf")
+    assert not (in_process.root / "models/someone/gpt").exists()
 
 
 def test_no_path_of_this_machine_travels_in_a_configuration(tmp_path):
@@ -144,33 +152,19 @@ def test_no_path_of_this_machine_travels_in_a_configuration(tmp_path):
     assert json.loads((release / "config.json").read_text())["model_type"] == "llama"
 
 
-def test_the_release_is_complete_and_its_card_says_what_the_run_says(tmp_path):
+def test_the_release_is_complete(tmp_path):
     run = tmp_path / "run"
-    model = save_model(run / "final", "bytegpt-tiny")
+    save_model(run / "final", "bytegpt-tiny")
     GenerationConfig(eos_token_id=3).save_pretrained(run / "final")
-    recipe = {"config": "/srv/me/tiny.json", "data_file": ["/srv/me/books.txt:0.7", "/srv/me/web:0.3"]}
-    recipe |= {"steps": 7, "save_path": "/x/run"}
-    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (run / "final/chat_template.jinja").write_text("{{ messages }}")
     release = tmp_path / "release"
-    build_release(open_checkpoint(run), release_folder(release), "someone/bytes", run=run, license="mit")
+    build_release(open_checkpoint(run), release_folder(release), "someone/bytes")
     names = {path.name for path in release.iterdir()}
     code = {"modeling_tessera.py", "configuration_tessera.py", "attention.py", "layers.py", "feed_forward.py"}
     data = {"config.json", "generation_config.json", "model.safetensors", "README.md", "chat_template.jinja"}
     assert code | data | {"tokenizer.json", "tokenizer_config.json"} <= names
     auto_map = json.loads((release / "config.json").read_text())["auto_map"]
     assert all((release / f"{place.split('.')[0]}.py").is_file() for place in auto_map.values())
-    card = (release / "README.md").read_text()
-    head = yaml.safe_load(card.split("---")[1])
-    assert head["library_name"] == "transformers" and head["license"] == "mit"
-    assert head["pipeline_tag"] == "text-generation" and "tessera" in head["tags"]
-    assert f"{model.num_parameters():,} parameters" in card
-    assert "| steps | 7 |" in card and "books.txt:0.7, web:0.3" in card and "latent" in card
-    assert "| config | tiny.json |" in card
-    assert "/srv/me" not in card and "/x/run" not in card, "paths are of one machine"
-    assert (
-        'from_pretrained("someone/bytes", trust_remote_code=True)' in card and "apply_chat_template" in card
-    )
 
 
 def release_folder(path: Path) -> Path:
@@ -178,31 +172,20 @@ def release_folder(path: Path) -> Path:
     return path
 
 
-def test_scores_are_on_the_card_only_if_they_are_of_these_weights(tmp_path):
-    run = tmp_path / "run"
-    save_model(run / "final", "llama-tiny")
-    weights = (run / "final/model.safetensors").read_bytes()
-    for i, sha in enumerate([hashlib.sha256(weights).hexdigest(), "0" * 64]):
-        report = {"model": {"sha256": {"model.safetensors": sha}}, "results": {"bpb": {"value": 1.2345}}}
-        (run / "eval.json").write_text(json.dumps(report))
-        (run / "recipe.yaml").write_text("steps: 7\n")
-        release = release_folder(tmp_path / f"release-{i}")
-        build_release(open_checkpoint(run), release, "someone/it", run=run)
-        assert ("| bpb value | 1.234 |" in (release / "README.md").read_text()) == (i == 0)
-
-
-def test_a_dry_run_writes_the_release_and_asks_no_hub(tmp_path, monkeypatch):
+def test_the_release_can_be_written_instead_of_sent_and_no_hub_is_asked(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(pushing, "_on_hub", lambda *_: False)
+    monkeypatch.setattr(pushing, "check_release", lambda *_: None)
     # Bytes need no tokenizer beside the model here, but others do.
     tiny_model("llama-tiny").save_pretrained(tmp_path / "ours")
     # What an earlier one left when it was killed.
     (tmp_path / ".dry.partial").mkdir()
-    place = push(tmp_path / "ours", "someone/dry", dry_run=tmp_path / "dry")
+    place = push(tmp_path / "ours", "someone/dry", output=tmp_path / "dry")
     assert place == str(tmp_path / "dry")
     assert (tmp_path / "dry/tokenizer.json").is_file()
+    assert not any(path.is_symlink() for path in (tmp_path / "dry").iterdir())
     with pytest.raises(ValueError, match="is there already"):
-        push(tmp_path / "ours", "someone/dry", dry_run=tmp_path / "dry")
+        push(tmp_path / "ours", "someone/dry", output=tmp_path / "dry")
 
 
 def test_a_release_that_is_another_model_or_does_not_load_is_refused(tmp_path):
@@ -211,7 +194,7 @@ def test_a_release_that_is_another_model_or_does_not_load_is_refused(tmp_path):
     release = release_folder(tmp_path / "release")
     build_release(checkpoint, release, "someone/it")
     state = load_file(release / "model.safetensors")
-    (release / "model.safetensors").unlink()  # another name of the model's own file
+    (release / "model.safetensors").unlink()  # a link to the model's own file
     name = "model.layers.0.self_attn.q_proj.weight"
     save_file({**state, name: state[name].flip(0)}, release / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match="the release loads as another model: logits differ by up to"):
@@ -239,33 +222,6 @@ def test_a_hub_that_cannot_take_it_gets_one_sentence(
     with pytest.raises(ValueError, match=sentence) as caught:
         push(tmp_path / "nothing", name)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("how", "reason"),
-    [
-        ({"status": 500}, "the Hub refused someone/half"),
-        ({"after": 1000}, "the Hub at http.* cannot be reached"),
-    ],
-)
-def test_a_hub_that_fails_in_the_middle_has_nothing_of_it_and_the_next_push_all(
-    how, reason, in_process, tmp_path, monkeypatch
-):
-    tiny_model("llama-tiny").save_pretrained(tmp_path)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    send = partial(pushing._upload, tmp_path, "someone/half", False, None, "at once")
-    HfApi(endpoint=in_process.url, token=TOKEN).delete_repo("someone/half", missing_ok=True)
-    in_process.break_next("PUT", "/lfs/", times=6, **how)
-    sentence = f"uploading 'model.safetensors' to the Hub, and nothing was changed there: {reason}"
-    with pytest.raises(ValueError, match=sentence) as caught:
-        send()
-    assert "\n" not in str(caught.value)
-    repository = in_process.find("models", "someone/half")
-    assert not repository.commit(repository.resolve())["files"]
-    in_process.mend()
-    send()
-    files = repository.commit(repository.resolve())["files"]
-    assert files.keys() == {path.name for path in tmp_path.iterdir()}
 
 
 def test_what_transformers_does_not_load_is_refused_before_anything_is_created(in_process, tmp_path):
