@@ -33,7 +33,7 @@ CHAIN = {
     "A base model to one that answers": ("sft", "dpo", "grpo"),
     "How good it is": ("eval",),
     "Use it": ("generate", "chat", "serve"),
-    "Give it to others": ("convert", "push"),
+    "Give it to others": ("convert", "push", "pull"),
 }
 
 
@@ -100,6 +100,7 @@ for name, command in {
     "serve": serve.serve,
     "convert": convert.convert,
     "push": hub.push,
+    "pull": hub.pull,
 }.items():
     app.command(name)(command)
 

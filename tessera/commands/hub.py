@@ -1,5 +1,6 @@
-"""`tessera push`: a model to the Hub."""
+"""`tessera push` and `tessera pull`: models to the Hub and from there."""
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -56,3 +57,52 @@ def push(
     )
     done = "written" if output is not None else "nothing was sent to" if dry_run else "pushed"
     typer.echo(f"{done}: {place}")
+
+
+def pull(
+    repo_id: Annotated[
+        str, typer.Argument(metavar="REPO", help="Name on the Hub: owner/name.", show_default=False)
+    ],
+    folder: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="DIR", help="Directory to write; default: the repository's name.", show_default=False
+        ),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; default: main.")] = None,
+    to: Annotated[
+        str | None, typer.Option(help="Convert to tessera, native, llama, ... as `tessera convert` does.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Round to float32, bfloat16 or float16; default: as it is.")
+    ] = None,
+) -> None:
+    """Fetch a model from the Hugging Face Hub.
+
+    Safetensors, configuration, tokenizer and card come, and no pickles; they are compared with the hashes
+    that the Hub gives, and opened. After a lost connection the same command goes on.
+    """
+    silence_transformers()
+    from tessera.conversion.pull import pull as run
+    from tessera.conversion.push import format_size
+
+    done = run(repo_id, folder, revision=revision, to=to, dtype=dtype)
+    came = f"{done.files} files, {format_size(done.size)}, with the hashes that the Hub gives"
+    typer.echo(f"{repo_id} at {revision or 'main'}, commit {done.commit[:8]}: {came}")
+    if done.left:
+        more = f" and {len(done.left) - 8} more" if len(done.left) > 8 else ""
+        typer.echo(f"stays there: {', '.join(done.left[:8])}{more}")
+    for note in done.notes:
+        typer.echo(note)
+    beside = {"tokenizer": done.has_tokenizer, "chat template": done.has_template}
+    extras = " and ".join(name for name, there in beside.items() if there) or "no tokenizer"
+    typer.echo(f"{done.kind}: {done.parameters:,} parameters, context {done.context:,}, with {extras}")
+    place = shlex.quote(str(done.folder) if folder is None else folder)
+    typer.echo(f"written: {place}")
+    if done.kind == "tessera":
+        if done.has_template:
+            typer.echo(f"go on:   tessera chat {place}")
+        elif done.has_tokenizer:
+            typer.echo(f"go on:   tessera generate {place}")
+    elif done.kind != "native":
+        typer.echo(f"go on:   tessera convert {place} NEW   (for chat, sft, eval and the others)")
