@@ -9,9 +9,9 @@ prints the variables that turn huggingface_hub, transformers and datasets to it;
         subprocess.run(["tessera", "push", "runs/chat", "someone/model"], env=environment)
 
 It speaks the protocol of the real one for models and datasets: accounts, private and gated repositories,
-branches, tags and pull requests, preupload, LFS upload, commit, tree, paths-info, resolve with ranges. This
-is the server; what it answers stands in `hub_protocol.py`, what a repository is in `hub_repositories.py`. It
-listens to this machine alone.
+branches, tags and pull requests, preupload, LFS upload whole and in parts, commit, tree, paths-info, resolve
+with ranges. This is the server; what it answers stands in `hub_protocol.py` and, of files, in
+`hub_contents.py`; what a repository is in `hub_repositories.py`. It listens to this machine alone.
 """
 
 import argparse
@@ -71,6 +71,7 @@ class LocalHub:
         accounts: token -> account; if not given, `hf_local` of `someone` who may do everything.
 
     Attributes:
+        part_size: bytes from which on a large file is uploaded in parts of so many.
         requests: (method, path with query, range asked for) of every request so far.
     """
 
@@ -78,6 +79,7 @@ class LocalHub:
         self.root = Path(root).absolute()
         self.root.mkdir(parents=True, exist_ok=True)
         self.accounts = accounts or {TOKEN: Account("someone", organisations=None)}
+        self.part_size = 5 << 30
         self.requests: list[tuple[str, str, str]] = []
         self.lock = threading.RLock()
         self._breaks: list[Break] = []

@@ -247,6 +247,20 @@ def test_an_upload_that_fails_once_is_tried_again(where, how, client, repo, hub,
     assert content(client(), repo, "new.bin", tmp_path) == new
 
 
+def test_a_large_file_goes_up_in_parts_and_a_part_that_is_cut_is_sent_again(
+    client, repo, hub, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(hub, "part_size", 100_000)
+    new = os.urandom(250_000)
+    hub.break_next("PUT", r"/lfs/.*/2$", after=1000)
+    hub.requests.clear()
+    client().upload_file(path_or_fileobj=new, path_in_repo="new.bin", repo_id=repo)
+    parts = [path.partition("?")[0][-2:] for method, path, _ in hub.requests if method == "PUT"]
+    assert parts == ["/1", "/2", "/2", "/3"]
+    assert content(client(), repo, "new.bin", tmp_path) == new
+    assert not list(hub.find("models", repo).blob("0" * 64).parent.glob(".*"))
+
+
 @pytest.mark.parametrize("where", [("PUT", "/lfs/"), ("POST", "/commit/"), ("POST", "/verify")])
 def test_an_upload_that_fails_for_good_leaves_what_was_there(where, client, repo, hub, tmp_path):
     before = client().model_info(repo).sha
