@@ -6,6 +6,8 @@ other programs know a model only by an architecture of transformers' own.
 
 from pathlib import Path
 
+from tessera.modeling.loading import read_json
+
 # Architectures of transformers that vLLM has an implementation of its own for.
 _IN_VLLM = frozenset("llama mistral mixtral qwen2 qwen3 qwen3_moe gpt2 deepseek_v2 deepseek_v3".split())
 
@@ -31,8 +33,11 @@ def describe_use(repo_id: str, model_type: str, folder: Path, context: int) -> l
         )
     else:
         parts.append(f"The architecture is `{model_type}` of transformers: no other code is needed.")
-    if has_template:
-        parts += ["Further training with TRL:", _python(_train(repo_id, remote))]
+    # TRL pads, with the one token or else the other.
+    if has_template and has_tokenizer:
+        special = read_json(folder / "tokenizer_config.json")
+        if special.get("pad_token") or special.get("eos_token"):
+            parts += ["Further training with TRL:", _python(_train(repo_id, remote))]
     if model_type in _IN_VLLM and has_tokenizer:
         parts += ["As a server, with vLLM:", f"```bash\nvllm serve {repo_id}\n```"]
     return parts

@@ -19,6 +19,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
+from tessera import modeling
 from tessera.modeling.loading import read_json
 
 from .checkpoints import Checkpoint
@@ -217,8 +218,12 @@ def list_release(folder: Path) -> list[ReleaseFile]:
 def left_out(model: Path, files: list[ReleaseFile]) -> list[str]:
     """What lies beside a model and is not sent: optimizer state, pickles, logs; folders with `/`."""
     names = {file.name for file in files}
+    # The code of the model comes from the package, or is not needed.
+    code = {path.name for path in Path(modeling.__file__).parent.glob("*.py")}
     beside = sorted(model.iterdir()) if model.is_dir() else []
-    return [f"{path.name}/" if path.is_dir() else path.name for path in beside if path.name not in names]
+    return [
+        f"{path.name}/" if path.is_dir() else path.name for path in beside if path.name not in names | code
+    ]
 
 
 def check_release(checkpoint: Checkpoint, folder: Path, scratch: Path) -> None:

@@ -101,8 +101,8 @@ def pull(
     typer.echo(f"written: {place}")
     if done.kind == "tessera":
         if done.has_template:
-            typer.echo(f"go on:   tessera chat {place}")
+            typer.echo(f"go on:   tessera chat --model {place}")
         elif done.has_tokenizer:
-            typer.echo(f"go on:   tessera generate {place}")
+            typer.echo(f"go on:   tessera generate --model {place} --interactive")
     elif done.kind != "native":
         typer.echo(f"go on:   tessera convert {place} NEW   (for chat, sft, eval and the others)")

@@ -178,7 +178,12 @@ def test_a_conversion_is_told_without_paths(tmp_path, monkeypatch):
 def test_the_code_on_the_card_runs(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
     run = make_run(tmp_path / "run")
+    assert "TRL" not in release(run, tmp_path / "plain")
     (run / "final/chat_template.jinja").write_text(TEMPLATE)
+    assert "TRL" not in release(run, tmp_path / "no-padding"), "TRL needs a token to pad with"
+    tokenizer = build_byte_tokenizer()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
+    tokenizer.save_pretrained(run / "final")
     code = "import sys; sys.modules['tessera'] = None\n"
     for family in (None, "llama"):
         text = release(run, tmp_path / f"as-{family}", family=family)

@@ -243,4 +243,4 @@ def test_the_command_says_what_came_and_how_to_go_on(api, repo, capsys):
     assert lines[0].startswith(f"{repo} at main, commit {api.model_info(repo).sha[:8]}: ")
     assert lines[1] == "stays there: original/consolidated.safetensors, pytorch_model.bin, run.log"
     assert lines[2].endswith("parameters, context 512, with tokenizer and chat template")
-    assert lines[3:] == ["written: here", "go on:   tessera chat here"]
+    assert lines[3:] == ["written: here", "go on:   tessera chat --model here"]
