@@ -17,7 +17,7 @@ from tessera.modeling.loading import load_model
 # The one that each family's model is made from.
 SAMPLES = {
     "llama": "llama-biases-llama3-tied",
-    "mistral": "mistral-window",
+    "mistral": "mistral-window-tied",
     "qwen2": "qwen2-window-tied",
     "qwen3": "qwen3-window",
     "qwen3_moe": "qwen3_moe-step-window-tied",

@@ -96,7 +96,9 @@ SAMPLES = {
     "llama-share-that-it-does-not-read": transformers.LlamaConfig(
         **GROUPED, **_rope("default", partial_rotary_factor=0.5)
     ),
-    "mistral-window": transformers.MistralConfig(**GROUPED, sliding_window=9),
+    "mistral-window-tied": transformers.MistralConfig(
+        **GROUPED, sliding_window=9, tie_word_embeddings=True, **_rope("linear", factor=4.0)
+    ),
     "mistral-full": transformers.MistralConfig(**GROUPED, sliding_window=None),
     "qwen2": transformers.Qwen2Config(**GROUPED, sliding_window=9, **SETTINGS),
     "qwen2-window-tied": transformers.Qwen2Config(
@@ -106,10 +108,16 @@ SAMPLES = {
         sliding_window=9,
         max_window_layers=2,
         tie_word_embeddings=True,
+        rope_parameters=YARN,
     ),
     "qwen3": transformers.Qwen3Config(**GROUPED, head_dim=24, tie_word_embeddings=True),
     "qwen3-window": transformers.Qwen3Config(
-        **GROUPED, head_dim=16, use_sliding_window=True, sliding_window=9, max_window_layers=1
+        **GROUPED,
+        head_dim=16,
+        use_sliding_window=True,
+        sliding_window=9,
+        max_window_layers=1,
+        **_rope("dynamic", factor=2.0),
     ),
     "qwen3-window-of-no-layer": transformers.Qwen3Config(
         **GROUPED, head_dim=16, use_sliding_window=True, sliding_window=9, max_window_layers=8
@@ -123,11 +131,17 @@ SAMPLES = {
         sliding_window=9,
         tie_word_embeddings=True,
         attention_bias=True,
+        rope_parameters={**YARN, "attention_factor": 1.25},
     ),
     "qwen3_moe-dense": transformers.Qwen3MoeConfig(**QWEN3_MOE, mlp_only_layers=[0, 1, 2]),
     "mixtral": transformers.MixtralConfig(**GROUPED, router_jitter_noise=0.1, output_router_logits=True),
     "mixtral-window-tied": transformers.MixtralConfig(
-        **GROUPED, head_dim=24, sliding_window=9, num_local_experts=4, tie_word_embeddings=True
+        **GROUPED,
+        head_dim=24,
+        sliding_window=9,
+        num_local_experts=4,
+        tie_word_embeddings=True,
+        rope_parameters=LLAMA3,
     ),
     "gpt2": transformers.GPT2Config(**GPT2),
     "gpt2-inner-untied": transformers.GPT2Config(
