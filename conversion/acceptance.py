@@ -6,7 +6,7 @@ What belongs here: the list of comparisons and their order, the cheap ones first
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -106,6 +106,24 @@ def accept(
                 f"sample or weights ({str(error).splitlines()[0] if str(error) else 'out of memory'})"
             ) from error
     return verdict
+
+
+def compare_models(
+    source: Checkpoint, result: Checkpoint, written: Written, kind: str | None, memory: int | None
+) -> None:
+    """Compares the logits of two checkpoints and nothing else.
+
+    Args:
+        source, result: to compare.
+        written: for its configuration and device.
+        kind, memory: as in `accept`.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    if kind != "weights":
+        verdict, pair = Verdict(), replace(written, source=source)
+        _compare_logits(verdict, pair, result, None, [], _choose(verdict, pair, kind, memory))
 
 
 def _names_and_shapes(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> Check:

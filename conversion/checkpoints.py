@@ -15,6 +15,7 @@ import torch
 from tessera.modeling.configuration_tessera import TesseraConfig
 
 from .families import Family
+from .fp8_checkpoints import BlockScaled
 
 # What comes with weights, to be taken along as it is.
 SIDE_FILES = re.compile(
@@ -34,6 +35,7 @@ class Checkpoint:
         tensors: under Tessera's names, read when asked for.
         family: its family in transformers, if it is of one.
         notes: what was left out, in sentences.
+        fp8: what it has in FP8; its tensors are out of it.
         write_tokenizer: writes tokenizer files into a directory, for a format that has them in another form.
     """
 
@@ -44,6 +46,7 @@ class Checkpoint:
     family: Family | None = None
     notes: list[str] = field(default_factory=list)
     write_tokenizer: Callable[[Path], None] | None = None
+    fp8: BlockScaled | None = None
 
     @property
     def side_files(self) -> list[Path]:

@@ -8,11 +8,12 @@ the arguments of DeepSeek's converter:
 """
 
 import copy
+import json
 import platform
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ import transformers
 import tessera
 from tessera.modeling.configuration_tessera import TesseraConfig
 
-from .acceptance import KINDS, accept
+from .acceptance import KINDS, Verdict, accept, compare_models
 from .aside import claimed, keep, require_space
 from .checkpoints import Checkpoint
 from .equivalents import drop_predictions_ahead
+from .fp8_checkpoints import Quantization
 from .journal import Journal
 from .outlines import outline, size_of
 from .report import Report, check_against_report, hash_files
@@ -39,6 +41,10 @@ from .tokenizer_checks import require_fitting_tokenizer
 from .verify import Difference
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Beside these: matrices in blocks of FP8, for the targets that have them.
+_FP8 = "fp8"
+# What FP8 made of each matrix, beside the weights.
+FP8_REPORT = "fp8_error.json"
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt")
 # Read by the router in fp32 whatever the model's dtype.
 _ALWAYS_FP32 = "e_score_correction_bias"
@@ -90,7 +96,8 @@ def convert(
         to: one of `TARGETS`; default `native` if `mp` is given, else `tessera` for what is not Tessera's yet.
         n_experts: routed experts that the caller expects, 0 for a dense model.
         mp: model-parallel ranks of the native layout.
-        dtype: to round the weights to; default: as they are.
+        dtype: to round the weights to; default: as they are. With `fp8` the matrices of attention and
+            feed-forward go to FP8 in blocks, and all else to bfloat16.
         device: that the verification runs on.
         max_shard_size: bytes of tensors in a file of the result.
         verify: what is compared beside every weight: `full`, the logits of whole models; `sample`, those of
@@ -117,9 +124,14 @@ def convert(
         )
     require_fitting_tokenizer(checkpoint)
 
-    rounding = None if dtype is None else _DTYPES[dtype]
-    options = Options(mp=1 if mp is None else mp, largest_file=max_shard_size)
-    config, tensors = _prepare(checkpoint, TARGETS[to], rounding)
+    rounding = _DTYPES.get(dtype)
+    config, tensors = _prepare(checkpoint, TARGETS[to], rounding, dtype == _FP8)
+    quantization = _plan_fp8(checkpoint, TARGETS[to], config) if dtype == _FP8 else None
+    options = Options(
+        mp=1 if mp is None else mp,
+        largest_file=max_shard_size,
+        encode=None if quantization is None else quantization.encode,
+    )
     measure = TARGETS[to].size or (lambda config, tensors, options: size_of(tensors))
     size = measure(config, tensors, options)
     require_space(target, size + sum(file.stat().st_size for file in checkpoint.side_files))
@@ -135,19 +147,24 @@ def convert(
     identity = _identify(checkpoint, to, dtype, options)
     with claimed(target) as aside:
         journal = Journal(aside, identity, tell)
-        options = Options(mp=options.mp, largest_file=max_shard_size, journal=journal)
+        options = replace(options, journal=journal)
         TARGETS[to].write(aside, config, tensors, options)
         check_against_report(checkpoint.folder)
         checkpoint.copy_side_files(aside)
         checkpoint.notes += TARGETS[to].finish(aside)
         wrote = time.monotonic()
         written = Written(aside, checkpoint, config, tensors, options, device)
-        verdict = accept(written, TARGETS[to].verify, rounding, verify, verify_memory)
+        if quantization is None:
+            verdict = accept(written, TARGETS[to].verify, rounding, verify, verify_memory)
+        else:
+            verdict = _accept_fp8(written, quantization, verify, verify_memory)
+            errors = json.dumps(quantization.report(), indent=2)
+            (aside / FP8_REPORT).write_text(errors + "\n", encoding="utf-8")
         report = Report(
             source={"name": checkpoint.folder.resolve().name, "kind": checkpoint.kind},
             target={"name": target.name, "kind": to},
             parameters=sum(outline(tensors, name).numel() for name in tensors),
-            dtype=str(config.dtype).removeprefix("torch."),
+            dtype=dtype if dtype == _FP8 else str(config.dtype).removeprefix("torch."),
             files=hash_files(_weight_files(aside)),
             checks=verdict.checks,
             notes=checkpoint.notes + verdict.notes,
@@ -179,8 +196,8 @@ def _check_arguments(
         raise ValueError(f"{target} is the current directory, which cannot be replaced; name a new one")
     if to is not None and to not in TARGETS:
         raise ValueError(f"--to {to}: known targets are {', '.join(TARGETS)}")
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"--dtype {dtype}: choose from {', '.join(_DTYPES)}")
+    if dtype is not None and dtype not in (*_DTYPES, _FP8):
+        raise ValueError(f"--dtype {dtype}: choose from {', '.join((*_DTYPES, _FP8))}")
     if verify is not None and verify not in KINDS:
         raise ValueError(f"--verify {verify}: choose from {', '.join(KINDS)}")
     if max_shard_size < 1:
@@ -196,11 +213,14 @@ def _check_arguments(
 
 
 def _prepare(
-    checkpoint: Checkpoint, target: Target, rounding: torch.dtype | None
+    checkpoint: Checkpoint, target: Target, rounding: torch.dtype | None, to_fp8: bool
 ) -> tuple[TesseraConfig, Mapping[str, torch.Tensor]]:
     """The model that will be written: as the target can have it, in the dtype that was asked for."""
     config, tensors = copy.deepcopy(checkpoint.config), checkpoint.tensors
-    require_one_dtype(tensors, rounding)
+    if checkpoint.fp8 is not None and rounding is not None:
+        # Rounded once, from the product.
+        checkpoint.fp8.stored.dtype = torch.float32
+    require_one_dtype(tensors, torch.bfloat16 if to_fp8 else rounding)
     tensors = sound(tensors)
     config.auto_map = {}
     if config.num_mtp_layers and not target.predicts_ahead:
@@ -220,6 +240,30 @@ def _prepare(
     return config, tensors
 
 
+def _plan_fp8(checkpoint: Checkpoint, target: Target, config: TesseraConfig) -> Quantization:
+    if target.fp8 is None:
+        can = ", ".join(name for name, other in TARGETS.items() if other.fp8 is not None)
+        raise ValueError(f"--dtype fp8: {target.name} has no FP8 in blocks; targets that have it are {can}")
+    if checkpoint.fp8 is None:
+        config.dtype = torch.bfloat16
+    return Quantization(target.fp8, target.rules(config), config, checkpoint.fp8)
+
+
+def _accept_fp8(
+    written: Written, quantization: Quantization, kind: str | None, memory: int | None
+) -> Verdict:
+    """The translation against the source's own class, and then the result against the rounded weights."""
+    source, config = written.source, written.config
+    rounded = quantization.round(written.tensors)
+    if source.family is not None:
+        translated = replace(source, config=config, tensors=written.tensors, family=None, fp8=None)
+        compare_models(source, translated, written, kind, memory)
+    source = replace(source, config=config, tensors=rounded, family=None, fp8=None)
+    verdict = accept(replace(written, source=source, tensors=rounded), None, None, kind, memory)
+    verdict.notes += quantization.describe()
+    return verdict
+
+
 def _identify(checkpoint: Checkpoint, to: str, dtype: str | None, options: Options) -> dict[str, Any]:
     """What makes two calls the same: nothing that one of them wrote is of use to another."""
     place = checkpoint.folder.resolve()
@@ -229,7 +273,7 @@ def _identify(checkpoint: Checkpoint, to: str, dtype: str | None, options: Optio
         "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         "to": to,
         "dtype": dtype,
-        "options": {key: value for key, value in vars(options).items() if key != "journal"},
+        "options": {key: value for key, value in vars(options).items() if key not in ("journal", "encode")},
         "versions": _versions(),
     }
 

@@ -16,6 +16,7 @@ from tessera.modeling.loading import read_config, read_json
 from .checkpoints import Checkpoint
 from .families import FAMILIES, Family
 from .families.family import holder_of
+from .fp8_checkpoints import HUGGING_FACE_FP8, BlockScaled, Dequantized, split_off_quantization
 from .rules import Renamed, Rule, to_ours
 from .tensor_files import open_safetensors
 
@@ -45,15 +46,20 @@ def open_source(folder: Path) -> Checkpoint:
             f"{', '.join(FAMILIES)}, the native layout and nanochat's own checkpoints"
         )
     family = FAMILIES[model_type]
+    values, in_fp8 = split_off_quantization(values)
     config = family.config_from(values)
-    tensors, notes = _clean(open_safetensors(folder), config, family)
+    stored = open_safetensors(folder)
+    if in_fp8:
+        stored = Dequantized(stored, HUGGING_FACE_FP8, config.dtype)
+    tensors, notes = _clean(stored, config, family)
     ours = to_ours(tensors, config, family.rules_for(tensors))
-    return Checkpoint(folder, model_type, config, ours, family, notes)
+    fp8 = BlockScaled.of(stored, ours, tensors.names) if in_fp8 else None
+    return Checkpoint(folder, model_type, config, ours, family, notes, fp8=fp8)
 
 
 def _clean(
     tensors: Mapping[str, torch.Tensor], config: TesseraConfig, family: Family | None = None
-) -> tuple[Mapping[str, torch.Tensor], list[str]]:
+) -> tuple[Renamed, list[str]]:
     """Leaves out what is no weight of the model, and gives the base model's tensors their prefix."""
     prefix = "model." if family is None else family.prefix
     bare = not any(name.startswith(prefix) for name in tensors)

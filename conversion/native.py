@@ -2,9 +2,10 @@
 
 A directory holds `model{rank}-mp{world}.safetensors` for each model-parallel rank, `params.json` with the
 sizes in the releases' own words, and Tessera's `config.json`, from which it is read back exactly. What
-belongs here: the names, how each tensor is split over ranks, and the files. Split along the first dimension
-are the rows of vocabulary, of heads and of the feed-forward's width; along the second, what those multiply
-into the residual stream; routed experts go whole, in contiguous ranges; everything else is on every rank.
+belongs here: the names, which numbers of ranks a model can have, and the directory; what a rank's file holds
+is in `rank_files.py`. Split along the first dimension are the rows of vocabulary, of heads and of the
+feed-forward's width; along the second, what those multiply into the residual stream; routed experts go whole,
+in contiguous ranges; everything else is on every rank.
 
 Names beyond the releases', for the tiles that they do not have: `pos_embed` (learned positions),
 `embed_norm`, `attn.q_head_norm`, `attn.k_head_norm` (QK norm), `attn.value_embed`, `attn.value_gate`,
@@ -14,8 +15,7 @@ is not stored.
 """
 
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -24,11 +24,13 @@ from tessera.modeling.configuration_tessera import TesseraConfig
 from tessera.modeling.loading import read_config, read_json
 
 from .checkpoints import Checkpoint
+from .fp8_checkpoints import NATIVE_FP8, BlockScaled, Dequantized, Encoder
 from .journal import Journal
 from .model_args import config_from_model_args, model_args_from_config
 from .outlines import outline
-from .rules import UNSTACKED, UNSTACKED_PAIRS, Rule, to_ours, to_theirs
-from .tensor_files import TensorFiles
+from .rank_files import SCALE, RankFiles, has_rank_files, holds, rank_file, take_share
+from .rules import SAME, UNSTACKED, UNSTACKED_PAIRS, Operation, Rule, name_some, to_ours, to_theirs
+from .slices import AssembledSlice, DequantizedSlice, Slice, StackedSlice
 from .weight_writer import WeightWriter
 
 _LAYER = (
@@ -79,20 +81,10 @@ RULES = [
     Rule("lm_head.weight", "head.weight"),
 ]
 
-# The dimension along which ranks share a tensor, by the last two parts of its name.
-SPLIT = {
-    **dict.fromkeys(("embed.weight", "head.weight", "wq_b.weight", "wkv_b.weight", "value_gate.weight"), 0),
-    **{f"{name}.{kind}": 0 for name in ("wq", "wk", "wv", "w1", "w3") for kind in ("weight", "bias")},
-    **dict.fromkeys(("wo.weight", "w2.weight", "value_embed.weight"), 1),
-}
-
-_RANK_FILE = re.compile(r"model(\d+)-mp(\d+)\.safetensors")
-_EXPERT = re.compile(r".*\.ffn\.experts\.(\d+)\..*")
-
 
 def recognises(path: Path) -> bool:
     """Whether this is a directory in the native layout."""
-    return any(_RANK_FILE.fullmatch(file.name) for file in path.glob("model*.safetensors"))
+    return has_rank_files(path)
 
 
 def open_source(folder: Path) -> Checkpoint:
@@ -101,14 +93,58 @@ def open_source(folder: Path) -> Checkpoint:
     Raises:
         ValueError: if ranks or tensors are missing, or do not fit the configuration.
     """
-    tensors = RankFiles(folder)
-    config = read_native_config(folder, tensors)
-    return Checkpoint(folder, "native", config, to_ours(tensors, config, RULES))
+    files = RankFiles(folder)
+    config = read_native_config(folder, files)
+    stored = Dequantized(files, NATIVE_FP8, config.dtype)
+    tensors = to_ours(stored, config, RULES)
+    fp8 = BlockScaled.of(stored, tensors) if stored.scales else None
+    return Checkpoint(folder, "native", config, tensors, fp8=fp8)
 
 
-def split_dimension(name: str) -> int | None:
-    """The dimension along which ranks share the tensor of this native name; None where each has all of it."""
-    return SPLIT.get(".".join(name.split(".")[-2:]))
+def open_slices(files: RankFiles, config: TesseraConfig) -> dict[str, Slice]:
+    """The tensors of a native directory under Tessera's names, each to be read in part.
+
+    Args:
+        files: of all ranks.
+        config: of the model.
+
+    Returns:
+        Slices in the order of the plan; what is in FP8 comes out of it in the configuration's type (bf16 if
+        it has none).
+
+    Raises:
+        ValueError: if tensors are missing, too many, or of another shape than the configuration says.
+    """
+    stored = Dequantized(files, NATIVE_FP8, config.dtype)
+    translated = to_ours(stored, config, RULES)
+
+    def slice_of(name: str) -> Slice:
+        part = files.open_slice(name)
+        if name not in stored.scales:
+            return part
+        return DequantizedSlice(part, files.open_slice(NATIVE_FP8.scale_name(name)), stored.dtype)
+
+    slices = {}
+    for step in translated.plan:
+        parts = [slice_of(name) for name in step.theirs]
+        (name,) = step.ours
+        # Besides stacks of experts the layout has Tessera's tensors as they are.
+        slices[name] = parts[0] if step.operation is SAME else _stack(parts, step.operation)
+        expected = translated.shapes[name]
+        if slices[name].shape != expected:
+            raise ValueError(
+                f"{name_some(step.theirs)} gives a tensor of shape {slices[name].shape}, but the "
+                f"configuration says {tuple(expected)}"
+            )
+    return slices
+
+
+def _stack(parts: list[Slice], operation: Operation) -> Slice:
+    """Experts as Tessera has them: [E, ...], of gate and up the one below the other."""
+    pairs = 2 if operation is UNSTACKED_PAIRS else 1
+    rows, columns = parts[0].shape
+    placed = [((i // pairs, i % pairs * rows, 0), StackedSlice(part)) for i, part in enumerate(parts)]
+    return AssembledSlice((len(parts) // pairs, pairs * rows, columns), placed)
 
 
 def check_world(config: TesseraConfig, world: int) -> None:
@@ -137,7 +173,10 @@ def check_world(config: TesseraConfig, world: int) -> None:
 
 
 def rank_files(
-    config: TesseraConfig, tensors: Mapping[str, torch.Tensor], world: int
+    config: TesseraConfig,
+    tensors: Mapping[str, torch.Tensor],
+    world: int,
+    encode: Encoder | None = None,
 ) -> dict[str, dict[str, torch.Tensor]]:
     """What each rank's file holds: name of the file -> native name -> tensor on the meta device.
 
@@ -145,13 +184,16 @@ def rank_files(
         ValueError: if the model cannot be shared among that many.
     """
     check_world(config, world)
-    native = to_theirs(tensors, config, RULES)
-    files = {f"model{rank}-mp{world}.safetensors": {} for rank in range(world)}
+    native = _under_native_names(config, tensors, encode)
+    files = {rank_file(rank, world): {} for rank in range(world)}
+    weight = None
     for name in native:
         meta = outline(native, name)
+        # Factors come right after the weight that they are of.
+        weight = weight if name.endswith(SCALE) else meta.shape
         for rank, held in enumerate(files.values()):
-            if _holds(config, name, rank, world):
-                held[name] = take_share(name, meta, rank, world)
+            if holds(name, rank, world, config.n_routed_experts):
+                held[name] = take_share(name, meta, weight, rank, world)
     return files
 
 
@@ -161,6 +203,7 @@ def write_native(
     tensors: Mapping[str, torch.Tensor],
     world: int,
     journal: Journal | None = None,
+    encode: Encoder | None = None,
 ) -> None:
     """Writes one file a rank, and `params.json`. All files grow together, so each tensor is computed once.
 
@@ -170,98 +213,33 @@ def write_native(
         tensors: under Tessera's names.
         world: model-parallel ranks.
         journal: of what is written already.
+        encode: to FP8, if they shall be.
 
     Raises:
         ValueError: if the model cannot be shared among that many.
         OSError: if there is no room, or a file cannot be written.
     """
-    files = rank_files(config, tensors, world)
-    native = to_theirs(tensors, config, RULES)
+    files = rank_files(config, tensors, world, encode)
+    native = _under_native_names(config, tensors, encode)
+    weight = None
     with WeightWriter(folder, files, journal) as writer:
         for name in native:
+            weight = weight if name.endswith(SCALE) else outline(native, name).shape
             ranks = {rank: file for rank, file in enumerate(files) if name in files[file]}
             if all(writer.is_written(file, name) for file in ranks.values()):
                 continue
             tensor = native[name]
             for rank, file in ranks.items():
-                writer.write(file, name, take_share(name, tensor, rank, world))
-    params = json.dumps(model_args_from_config(config), indent=2)
-    (folder / "params.json").write_text(params + "\n", encoding="utf-8")
+                writer.write(file, name, take_share(name, tensor, weight, rank, world))
+    params = model_args_from_config(config) | ({} if encode is None else {"dtype": "fp8"})
+    (folder / "params.json").write_text(json.dumps(params, indent=2) + "\n", encoding="utf-8")
 
 
-def _holds(config: TesseraConfig, name: str, rank: int, world: int) -> bool:
-    """Whether a rank has a tensor, or a share of it; of the routed experts each has a range."""
-    expert = _EXPERT.fullmatch(name)
-    return expert is None or int(expert[1]) * world // config.n_routed_experts == rank
-
-
-def take_share(name: str, tensor: torch.Tensor, rank: int, world: int) -> torch.Tensor:
-    """What one rank holds of a tensor; of a routed expert, all."""
-    dimension = split_dimension(name)
-    if dimension is None or _EXPERT.fullmatch(name):
-        return tensor
-    return tensor.chunk(world, dim=dimension)[rank]
-
-
-class RankFiles(Mapping):
-    """The native tensors of all ranks together, joined when asked for.
-
-    Args:
-        folder: directory in the native layout.
-
-    Raises:
-        ValueError: if ranks are missing or there are several sets of them.
-    """
-
-    def __init__(self, folder: Path):
-        found = {}
-        for path in folder.glob("model*.safetensors"):
-            if match := _RANK_FILE.fullmatch(path.name):
-                found[int(match[2]), int(match[1])] = path
-        worlds = sorted({world for world, _ in found})
-        if len(worlds) != 1:
-            raise ValueError(
-                f"{folder} holds files of {' and of '.join(map(str, worlds))} ranks; keep one set"
-            )
-        self.world = worlds[0]
-        missing = [rank for rank in range(self.world) if (self.world, rank) not in found]
-        if missing or len(found) != self.world:
-            raise ValueError(f"{folder} lacks the files of ranks {missing} of {self.world}")
-        self._folder = folder
-        self._ranks = [TensorFiles([found[self.world, rank]]) for rank in range(self.world)]
-        self._names = dict.fromkeys(name for rank in self._ranks for name in rank)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._join(name, [rank[name] for rank in self._ranks if name in rank])
-
-    def outline(self, name: str) -> torch.Tensor:
-        """The tensor without its numbers, on the meta device."""
-        return self._join(name, [rank.outline(name) for rank in self._ranks if name in rank])
-
-    def _join(self, name: str, pieces: list[torch.Tensor]) -> torch.Tensor:
-        if _EXPERT.fullmatch(name):
-            if len(pieces) != 1:
-                raise ValueError(f"{self._folder}: {len(pieces)} ranks hold {name}, not one")
-            return pieces[0]
-        if len(pieces) != self.world:
-            raise ValueError(f"{self._folder}: only {len(pieces)} of {self.world} ranks hold {name}")
-        dimension = split_dimension(name)
-        if dimension is not None:
-            return torch.cat(pieces, dim=dimension)
-        if pieces[0].is_meta:
-            return pieces[0]
-        if not all(torch.equal(piece, pieces[0]) for piece in pieces):
-            raise ValueError(f"{self._folder}: {name} differs between ranks, which should hold the same")
-        return pieces[0]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+def _under_native_names(
+    config: TesseraConfig, tensors: Mapping[str, torch.Tensor], encode: Encoder | None
+) -> Mapping[str, torch.Tensor]:
+    native = to_theirs(tensors, config, RULES)
+    return native if encode is None else encode(native)
 
 
 def read_native_config(folder: Path, tensors: Mapping[str, torch.Tensor]) -> TesseraConfig:

@@ -165,23 +165,23 @@ class Renamed(Mapping):
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], names: dict[str, str]):
-        self._tensors, self._names = tensors, names
+        self._tensors, self.names = tensors, names
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._tensors[self._names[name]]
+        return self._tensors[self.names[name]]
 
     def outline(self, name: str) -> torch.Tensor:
         """The tensor without its numbers, on the meta device."""
-        return outline(self._tensors, self._names[name])
+        return outline(self._tensors, self.names[name])
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names
+        return name in self.names
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self.names)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.names)
 
 
 @dataclass

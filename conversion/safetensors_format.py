@@ -40,7 +40,9 @@ DTYPES = {
     "I64": torch.int64,
     "U64": torch.uint64,
 }
-_WORDS = {dtype: word for word, dtype in DTYPES.items()}
+WORDS = {dtype: word for word, dtype in DTYPES.items()}
+# What transformers wants a file to say of itself.
+METADATA = {"format": "pt"}
 # The library's order of tensors in a file: the last of these first, and then by name.
 _RANKS = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
@@ -95,6 +97,13 @@ def read_header(file: Path) -> dict[str, Place]:
     return places
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a file's header says beside the tensors, once `read_header` has found it sound."""
+    with file.open("rb") as stream:
+        (length,) = struct.unpack("<Q", stream.read(8))
+        return json.loads(stream.read(length)).get("__metadata__", {})
+
+
 def read_tensor(
     place: Place, name: str, dimension: int = 0, begin: int = 0, end: int | None = None
 ) -> torch.Tensor:
@@ -133,22 +142,25 @@ def read_tensor(
     return data.view(place.dtype).reshape(shape)
 
 
-def lay_out(tensors: Mapping[str, torch.Tensor], file: Path) -> tuple[bytes, dict[str, Place]]:
+def lay_out(
+    tensors: Mapping[str, torch.Tensor], file: Path, metadata: Mapping[str, str] = METADATA
+) -> tuple[bytes, dict[str, Place]]:
     """What a file with these tensors is going to be, as the library writes it.
 
     Args:
         tensors: with the dtypes and shapes that will be written; meta tensors do.
         file: where it will be.
+        metadata: what its header says beside the tensors.
 
     Returns:
         Everything before the tensors' bytes, and each tensor's place.
     """
     order = sorted(tensors, key=lambda name: (-_RANKS[tensors[name].dtype], name))
-    header, at = {"__metadata__": {"format": "pt"}}, 0
+    header, at = {"__metadata__": dict(metadata)} if metadata else {}, 0
     for name in order:
         tensor = tensors[name]
         end = at + tensor.numel() * tensor.dtype.itemsize
-        header[name] = {"dtype": _WORDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
+        header[name] = {"dtype": WORDS[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % _ALIGNMENT)

@@ -108,10 +108,12 @@ def build_sample(checkpoint: Checkpoint, layers: list[int], dtype: torch.dtype) 
         names = {name: _name_in_whole(name, layers) for name in model_shapes(config)}
         return assemble(config, Renamed(checkpoint.tensors, names), dtype)
     values = read_json(checkpoint.folder / "config.json")
+    values.pop("quantization_config", None)
     values = _cut(values, checkpoint.config.num_hidden_layers, len(layers))
     kind = getattr(transformers, checkpoint.family.architecture)
     config = type(AutoConfig.for_model(checkpoint.family.model_type)).from_dict(values)
-    state = dict(_sampled(open_safetensors(checkpoint.folder), layers))
+    stored = open_safetensors(checkpoint.folder) if checkpoint.fp8 is None else checkpoint.fp8.stored
+    state = dict(_sampled(stored, layers))
     with check_loading(kind, checkpoint) as loading:
         loading.model, loading.info = kind.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True

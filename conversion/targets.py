@@ -16,11 +16,12 @@ from . import native
 from .checkpoints import Checkpoint
 from .equivalents import cut_padding, pair_halves, pair_neighbours
 from .families import FAMILIES, Family
+from .fp8_checkpoints import HUGGING_FACE_FP8, NATIVE_FP8, QUANTIZATION_CONFIG, Encoder, Fp8Layout
 from .journal import Journal
 from .nanochat_original import ARCHITECTURES, Architecture, prepare_nanochat, write_nanochat
 from .nanochat_tokenizer import write_ranks
 from .report import Check
-from .rules import to_theirs
+from .rules import Rule, to_theirs
 from .tensor_files import LARGEST_FILE, planned_size, split_into_files, write_safetensors
 
 Tensors = Mapping[str, torch.Tensor]
@@ -36,11 +37,13 @@ class Options:
         largest_file: bytes, where a target has several files.
         journal: of what is written already, and who is told of each tensor; goes to the writers of
             `tensor_files.py`.
+        encode: to FP8, for a target that has it.
     """
 
     mp: int = 1
     largest_file: int = LARGEST_FILE
     journal: Journal | None = None
+    encode: Encoder | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Target:
         prepare: the same model as this target can have it.
         predicts_ahead: whether layers for multi-token prediction have a place.
         finish: adds what is made of the tokenizer, once that is there; gives sentences for the user.
+        fp8: how it has matrices in FP8, if it can.
+        rules: its tensors, where it can have them in FP8.
     """
 
     name: str
@@ -87,6 +92,8 @@ class Target:
     size: Callable[[TesseraConfig, Tensors, Options], int] | None = None
     verify: Callable[[Written], list[Check]] | None = None
     finish: Callable[[Path], list[str]] = lambda folder: []
+    fp8: Fp8Layout | None = None
+    rules: Callable[[TesseraConfig], list[Rule]] | None = None
 
 
 def _write_tessera(folder: Path, config: TesseraConfig, tensors: Tensors, options: Options) -> None:
@@ -100,14 +107,14 @@ def _size_tessera(config: TesseraConfig, tensors: Tensors, options: Options) -> 
 
 
 def _write_native(folder: Path, config: TesseraConfig, tensors: Tensors, options: Options) -> None:
-    native.write_native(folder, config, tensors, options.mp, options.journal)
+    native.write_native(folder, config, tensors, options.mp, options.journal, options.encode)
     config.architectures = ["TesseraForCausalLM"]
     # Not a directory that transformers loads, so without the code for that.
     config.to_json_file(folder / "config.json")
 
 
 def _size_native(config: TesseraConfig, tensors: Tensors, options: Options) -> int:
-    return planned_size(native.rank_files(config, tensors, options.mp))
+    return planned_size(native.rank_files(config, tensors, options.mp, options.encode))
 
 
 def _family_target(family: Family) -> Target:
@@ -115,19 +122,34 @@ def _family_target(family: Family) -> Target:
         pair = pair_neighbours if family.fixed.get("rope_interleave") else pair_halves
         return pair(*cut_padding(config, tensors))
 
+    def rename(config: TesseraConfig, tensors: Tensors, options: Options) -> Tensors:
+        renamed = to_theirs(tensors, config, family.rules_to_write(config))
+        return renamed if options.encode is None else options.encode(renamed)
+
     def write(folder: Path, config: TesseraConfig, tensors: Tensors, options: Options) -> None:
         theirs = family.config_for(config)
         theirs.dtype = config.dtype
-        renamed = to_theirs(tensors, config, family.rules_to_write(config))
+        if options.encode is not None:
+            theirs.quantization_config = QUANTIZATION_CONFIG
+        renamed = rename(config, tensors, options)
         write_safetensors(folder, renamed, options.largest_file, options.journal)
         theirs.save_pretrained(folder)
 
     def size(config: TesseraConfig, tensors: Tensors, options: Options) -> int:
         family.config_for(config)
-        renamed = to_theirs(tensors, config, family.rules_to_write(config))
-        return planned_size(split_into_files(renamed, options.largest_file))
+        return planned_size(split_into_files(rename(config, tensors, options), options.largest_file))
 
-    return Target(family.model_type, write, prepare, family.predicts_ahead, size)
+    # Of the families DeepSeek-V3 is the one whose releases are in FP8.
+    fp8 = HUGGING_FACE_FP8 if family.model_type == "deepseek_v3" else None
+    return Target(
+        family.model_type,
+        write,
+        prepare,
+        family.predicts_ahead,
+        size,
+        fp8=fp8,
+        rules=family.rules_to_write,
+    )
 
 
 def _nanochat_target(kind: Architecture) -> Target:
@@ -144,7 +166,7 @@ TARGETS = {
     target.name: target
     for target in (
         Target("tessera", _write_tessera, predicts_ahead=True, size=_size_tessera),
-        Target("native", _write_native, size=_size_native),
+        Target("native", _write_native, size=_size_native, fp8=NATIVE_FP8, rules=lambda config: native.RULES),
         *map(_family_target, FAMILIES.values()),
         *map(_nanochat_target, ARCHITECTURES),
     )

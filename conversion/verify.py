@@ -18,6 +18,7 @@ from tessera.modeling.configuration_tessera import TesseraConfig
 from tessera.modeling.modeling_tessera import TesseraForCausalLM
 
 from .checkpoints import Checkpoint
+from .fp8_checkpoints import load_dequantized
 from .rules import hold_predictions_ahead, model_shapes, name_some
 
 # Largest difference of two logits, as a share of the largest logit (or absolute, where all are below one).
@@ -141,9 +142,12 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> n
         return assemble(checkpoint.config, checkpoint.tensors, dtype)
     kind = getattr(transformers, checkpoint.family.architecture)
     with check_loading(kind, checkpoint) as loading:
-        loading.model, loading.info = kind.from_pretrained(
-            checkpoint.folder, dtype=dtype, output_loading_info=True
-        )
+        if checkpoint.fp8 is not None:
+            loading.model, loading.info = load_dequantized(kind, checkpoint.folder, checkpoint.fp8, dtype)
+        else:
+            loading.model, loading.info = kind.from_pretrained(
+                checkpoint.folder, dtype=dtype, output_loading_info=True
+            )
     return loading.model.eval()
 
 

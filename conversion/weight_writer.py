@@ -16,7 +16,7 @@ import torch
 from tessera.data.journal import sync_folder
 
 from .journal import Journal
-from .safetensors_format import Place, as_bytes, lay_out, read_tensor
+from .safetensors_format import METADATA, Place, as_bytes, lay_out, read_tensor
 
 # Bytes between two times that files are forced to disk and the journal is told. Rewritten after a kill is
 # at most this much; each time costs some milliseconds.
@@ -31,15 +31,20 @@ class WeightWriter:
         folder: an existing directory.
         files: name of each file -> its tensors, by name; only dtype and shape are looked at.
         journal: of what is written already.
+        metadata: what the files say beside their tensors.
 
     Raises:
         OSError: if there is no room, or a file cannot be written; it may come with a later tensor.
     """
 
     def __init__(
-        self, folder: Path, files: Mapping[str, Mapping[str, torch.Tensor]], journal: Journal | None = None
+        self,
+        folder: Path,
+        files: Mapping[str, Mapping[str, torch.Tensor]],
+        journal: Journal | None = None,
+        metadata: Mapping[str, str] = METADATA,
     ):
-        self._folder, self._journal = folder, journal
+        self._folder, self._journal, self._metadata = folder, journal, metadata
         self._handles: dict[str, int] = {}
         self._places: dict[str, dict[str, Place]] = {}
         self._missing: dict[str, set[str]] = {}
@@ -88,7 +93,7 @@ class WeightWriter:
         unfinished = self._folder / (file + _UNFINISHED)
         if (self._folder / file).is_file():
             (self._folder / file).rename(unfinished)
-        start, places = lay_out(tensors, unfinished)
+        start, places = lay_out(tensors, unfinished, self._metadata)
         size = max((place.end for place in places.values()), default=len(start))
         self._places[file], self._missing[file] = places, set(places)
         try:

@@ -23,6 +23,7 @@ from tessera.commands import (
     presets,
     pretrain,
     serve,
+    shard,
     tokenizer,
 )
 
@@ -33,7 +34,7 @@ CHAIN = {
     "A base model to one that answers": ("sft", "dpo", "grpo"),
     "How good it is": ("eval",),
     "Use it": ("generate", "chat", "serve"),
-    "Give it to others": ("convert", "push", "pull"),
+    "Give it to others": ("convert", "shard", "push", "pull"),
 }
 
 
@@ -99,6 +100,7 @@ for name, command in {
     "chat": serve.chat,
     "serve": serve.serve,
     "convert": convert.convert,
+    "shard": shard.shard,
     "push": hub.push,
     "pull": hub.pull,
 }.items():

@@ -40,7 +40,8 @@ def convert(
     ] = None,
     mp: Annotated[int | None, typer.Option(help="Model-parallel ranks of the native layout.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Round to float32, bfloat16 or float16; default: as it is.")
+        str | None,
+        typer.Option(help="Round to float32, bfloat16, float16 or fp8 (in blocks); default: as it is."),
     ] = None,
     device: Annotated[str, typer.Option(help="Where the result is verified: cpu, cuda.")] = "cpu",
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, like 2GB or 500MB.")] = "5GB",

@@ -7,23 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.models import tiny_config, tiny_model
+from helpers.native import SHARED_BY_FOUR
 from safetensors.torch import load_file, save_file
 
 from tessera.conversion.convert import convert
 from tessera.conversion.families import architecture
 from tessera.conversion.model_args import config_from_model_args, model_args_from_config
-from tessera.conversion.native import check_world, split_dimension
+from tessera.conversion.native import check_world
+from tessera.conversion.rank_files import split_dimension
 from tessera.modeling.loading import load_model
-
-# Heads, rows and experts that four ranks can share.
-SHARED_BY_FOUR = {
-    "dense": ("llama-tiny", {"num_key_value_heads": 4}),
-    "latent-moe": ("bytegpt-tiny", {}),
-    "latent-lowrank-sigmoid": ("latent-sliding-lowrank-sigmoid", {}),
-    "moe-of-heads": ("moe-qknorm-softcap", {"num_key_value_heads": 4}),
-    "nanochat-moe": ("nanochat-moe-smear-gqa", {"num_key_value_heads": 4}),
-    "gpt": ("gpt2-tiny", {}),
-}
 
 
 def save(name: str, folder: Path):
