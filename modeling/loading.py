@@ -54,6 +54,21 @@ def load_model(
     except NotImplementedError as error:
         # The library's way of saying that a misshapen embedding cannot be tied to the head.
         raise ValueError(f"{path} does not fit the model: its embedding has another shape") from error
+    require_complete(model, info, path)
+    return model
+
+
+def require_complete(model: TesseraForCausalLM, info: dict, path: str | Path) -> None:
+    """Refuses a model that has not had every tensor from its checkpoint, or a checkpoint with more than that.
+
+    Args:
+        model: as `from_pretrained` gave it.
+        info: its `output_loading_info`.
+        path: of the checkpoint, for the error.
+
+    Raises:
+        ValueError: naming the tensors.
+    """
     problems = []
     for kind, names in (
         ("missing", info["missing_keys"]),
@@ -64,12 +79,11 @@ def load_model(
             names = sorted(names)
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             problems.append(f"{len(names)} {kind} ({', '.join(names[:3])}{more})")
-    if config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
+    if model.config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
         # The library keeps two that differ apart, and the next to load the saved model has only one of them.
         problems.append("lm_head.weight differs from the embedding that tie_word_embeddings makes it")
     if problems:
         raise ValueError(f"{path} does not fit the model: {'; '.join(problems)}")
-    return model
 
 
 def read_config(path: str | Path) -> TesseraConfig:
