@@ -24,6 +24,22 @@ SIDE_FILES = re.compile(
 )
 
 
+@dataclass(frozen=True)
+class FoundTokenizer:
+    """A tokenizer that a checkpoint has in another form than transformers, if there is one that can be read.
+
+    Attributes:
+        write: writes it into a directory.
+        bos_token_id, eos_token_id: what begins a text, and at what generation stops.
+        notes: what to say of it, in sentences.
+    """
+
+    write: Callable[[Path], None] | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
 @dataclass
 class Checkpoint:
     """A checkpoint on disk.

@@ -5,8 +5,6 @@ whose split pattern and special tokens are in Meta's code. What belongs here: te
 tokens, and the beginning-of-text token that these models expect before each text.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from tokenizers import processors
@@ -16,6 +14,8 @@ from tessera.tokenization.byte_level import GPT4_PATTERN, Encoding, backend_from
 from tessera.tokenization.locate import locate
 from tessera.tokenization.save import wrap
 from tessera.tokenization.sentencepiece_models import sentencepiece_tokenizer
+
+from .checkpoints import FoundTokenizer
 
 _PATTERNS = ("tokenizer.model", "tokenizer.model.v*", "*.model.v*")
 _NUM_SPECIAL = 256
@@ -30,22 +30,6 @@ _NAMED = {
     9: "<|eot_id|>",
 }
 _NAMED_SINCE_3_1 = {4: "<|finetune_right_pad_id|>", 8: "<|eom_id|>", 10: "<|python_tag|>"}
-
-
-@dataclass(frozen=True)
-class FoundTokenizer:
-    """The tokenizer of a checkpoint, if there is one that can be read.
-
-    Attributes:
-        write: writes it into a directory.
-        bos_token_id, eos_token_id: what begins a text, and what ends one.
-        notes: what to say of it, in sentences.
-    """
-
-    write: Callable[[Path], None] | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    notes: list[str] = field(default_factory=list)
 
 
 def find_tokenizer(folder: Path, vocab_size: int, since_3_1: bool) -> FoundTokenizer:

@@ -24,7 +24,7 @@ from tessera.modeling.loading import read_json
 from .checkpoints import Checkpoint
 from .equivalents import pair_halves
 from .families import architecture
-from .nanochat_tokenizer import open_tokenizer
+from .nanochat_tokenizer import find_tokenizer
 from .rules import VECTOR, Changed, Renamed, Rule, name_some, require_depth, to_ours, to_theirs
 from .torch_files import read_pt, write_pt
 
@@ -112,9 +112,10 @@ def open_source(folder: Path) -> Checkpoint:
         ValueError: if it cannot be read, or does not fit its description.
     """
     kind, config, tensors = read_nanochat(find_nanochat(folder))
-    write_tokenizer, notes = open_tokenizer(folder, config.vocab_size)
+    tokenizer = find_tokenizer(folder, config.vocab_size)
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     ours = to_ours(tensors, config, RULES)
-    return Checkpoint(folder, kind.name, config, ours, notes=notes, write_tokenizer=write_tokenizer)
+    return Checkpoint(folder, kind.name, config, ours, notes=tokenizer.notes, write_tokenizer=tokenizer.write)
 
 
 def find_nanochat(folder: Path) -> Path | None:

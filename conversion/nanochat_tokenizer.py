@@ -8,17 +8,18 @@ pattern and the special tokens around it, and writing it.
 
 import base64
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tessera.tokenization.byte_level import Encoding, backend_from_ranks, read_ranks
-from tessera.tokenization.chat import NANOCHAT_TOKENS, add_chat
+from tessera.tokenization.chat import NANOCHAT_TOKENS, add_chat, find_end_of_turn
 from tessera.tokenization.reference_codecs import huggingface_codec
 from tessera.tokenization.save import wrap
 from tessera.tokenization.token_bytes import bytes_of_name
 from tessera.tokenization.verify import require_same
+
+from .checkpoints import FoundTokenizer
 
 RANKS = "tokenizer.tiktoken"
 PICKLE = "tokenizer.pkl"
@@ -31,7 +32,7 @@ PATTERN = (
 )
 
 
-def open_tokenizer(folder: Path, vocab_size: int) -> tuple[Callable[[Path], None] | None, list[str]]:
+def find_tokenizer(folder: Path, vocab_size: int) -> FoundTokenizer:
     """Finds the tokenizer of a checkpoint.
 
     Args:
@@ -39,14 +40,11 @@ def open_tokenizer(folder: Path, vocab_size: int) -> tuple[Callable[[Path], None
             own directory, two levels up.
         vocab_size: of the model.
 
-    Returns:
-        What writes the tokenizer into another directory, if it can be read; and what to say of it.
-
     Raises:
         ValueError: if the rank file is damaged, or of another vocabulary than the model.
     """
     if (folder / "tokenizer.json").is_file():
-        return None, []
+        return FoundTokenizer()
     places = [folder, folder / "tokenizer"]
     if folder.resolve().parent.name.endswith("_checkpoints"):
         places.append(folder.resolve().parents[1] / "tokenizer")
@@ -62,14 +60,17 @@ def open_tokenizer(folder: Path, vocab_size: int) -> tuple[Callable[[Path], None
             def write(target: Path, tokenizer: PreTrainedTokenizerBase = tokenizer) -> None:
                 tokenizer.save_pretrained(target)
 
-            return write, []
+            # As nanochat's engine: at the end of an answer, or where another document begins.
+            stops = [find_end_of_turn(tokenizer), tokenizer.bos_token_id]
+            return FoundTokenizer(write, tokenizer.bos_token_id, stops)
     if any((place / PICKLE).is_file() for place in places):
-        return None, [
+        note = (
             f"{PICKLE} is a pickle, which is not read, so the result has no tokenizer: where nanochat is "
             f"installed write its ranks to {RANKS} beside it (two lines, in docs/conversion.md) and convert "
             "again"
-        ]
-    return None, []
+        )
+        return FoundTokenizer(notes=[note])
+    return FoundTokenizer()
 
 
 def read_tokenizer(file: Path) -> PreTrainedTokenizerBase:

@@ -346,6 +346,9 @@ def test_ranks_become_a_tokenizer_with_tiktokens_ids_and_go_back(place, with_voc
         special["<|user_end|>"],
         special["<|assistant_start|>"],
     ]
+    config = load_model(tmp_path / "ours").config
+    assert config.bos_token_id == special["<|bos|>"]
+    assert config.eos_token_id == [special["<|assistant_end|>"], special["<|bos|>"]]
     done = convert(tmp_path / "ours", tmp_path / "back", to="nanochat-original")
     assert not done.notes
     assert (tmp_path / "back" / "tokenizer.tiktoken").read_bytes() == data
