@@ -66,10 +66,12 @@ class Checkpoint:
 
     @property
     def side_files(self) -> list[Path]:
-        """Tokenizer, chat template and generation settings beside the weights."""
+        """Tokenizer, chat template and generation settings beside the weights, as they will stay."""
         if not self.folder.is_dir():
             return []
-        return sorted(p for p in self.folder.iterdir() if p.is_file() and SIDE_FILES.fullmatch(p.name))
+        found = sorted(p for p in self.folder.iterdir() if p.is_file() and SIDE_FILES.fullmatch(p.name))
+        other_form = self.write_tokenizer is not None
+        return [p for p in found if not (other_form and p.name.startswith("tokenizer"))]
 
     def copy_side_files(self, folder: Path) -> None:
         """Brings tokenizer, chat template and generation settings into another directory."""

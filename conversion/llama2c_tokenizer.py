@@ -5,6 +5,7 @@ spaces are stripped nor whether one is put before a text; taken is what llama2.c
 stripped, and one is put. Where the SentencePiece model itself lies beside it, that is read instead.
 """
 
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -44,8 +45,12 @@ def find_tokenizer(folder: Path, vocab_size: int) -> Callable[[Path], None] | No
         tokenizer = read_tokenizer(file)
         if len(tokenizer) == vocab_size:
 
-            def write(target: Path, tokenizer: PreTrainedTokenizerFast = tokenizer) -> None:
+            def write(
+                target: Path, tokenizer: PreTrainedTokenizerFast = tokenizer, file: Path = file
+            ) -> None:
                 tokenizer.save_pretrained(target)
+                if file.suffix == ".model":
+                    shutil.copyfile(file, target / "tokenizer.model")
 
             return write
         others.append(f"{file.name} has {len(tokenizer)}")

@@ -5,6 +5,7 @@ whose split pattern and special tokens are in Meta's code. What belongs here: te
 tokens, and the beginning-of-text token that these models expect before each text.
 """
 
+import shutil
 from pathlib import Path
 
 from tokenizers import processors
@@ -61,6 +62,9 @@ def find_tokenizer(folder: Path, vocab_size: int, since_3_1: bool) -> FoundToken
 
     def write(target: Path) -> None:
         tokenizer.save_pretrained(target)
+        if len(stops) == 1:
+            # For readers of this form, such as llama.cpp's converter; ranks by this name mislead them.
+            shutil.copyfile(files[0], target / _PATTERNS[0])
 
     return FoundTokenizer(write, tokenizer.bos_token_id, eos if len(eos) > 1 else eos[0])
 

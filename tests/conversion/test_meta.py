@@ -233,6 +233,7 @@ def test_a_sentencepiece_model_becomes_a_tokenizer_that_begins_each_text(above, 
         assert tokenizer(text)["input_ids"] == [1, *model.encode(text)]
     config = load_model(tmp_path / "ours").config
     assert (config.bos_token_id, config.eos_token_id) == (1, 2)
+    assert (tmp_path / "ours" / "tokenizer.model").read_bytes() == data
 
 
 @pytest.mark.parametrize(
@@ -249,6 +250,7 @@ def test_llama_3s_ranks_get_its_special_tokens(scaled, stops, name_of_8, tmp_pat
     (folder / "tokenizer.model").write_bytes(b"".join(lines))
     convert(folder, tmp_path / "ours")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert not (tmp_path / "ours" / "tokenizer.model").exists()
     text = "hello 1234, it's\n\n me"
     assert tokenizer(text)["input_ids"] == [259, *encoding.encode_ordinary(text)]
     assert tokenizer.convert_ids_to_tokens(259 + 8) == f"<|{name_of_8}|>"
