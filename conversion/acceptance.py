@@ -97,14 +97,16 @@ def accept(
         layers = _choose(verdict, written, kind, memory)
         try:
             _compare_logits(verdict, written, result, rounding, text, layers)
-        except (RuntimeError, MemoryError) as error:
-            # The second is how oneDNN says it.
-            if not isinstance(error, MemoryError) and not re.search("memory|create a primitive", str(error)):
-                raise
-            raise ValueError(
-                "memory is not enough to compare logits: name less with --verify-memory, or choose --verify "
-                f"sample or weights ({str(error).splitlines()[0] if str(error) else 'out of memory'})"
-            ) from error
+        except (RuntimeError, IndexError, MemoryError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            # The last is how oneDNN says it.
+            if isinstance(error, MemoryError) or re.search("memory|create a primitive", str(error)):
+                raise ValueError(
+                    "memory is not enough to compare logits: name less with --verify-memory, or choose "
+                    f"--verify sample or weights ({reason})"
+                ) from error
+            # A configuration can fit the weights and still make no model.
+            raise ValueError(f"source or result does not run: {reason}; nothing is kept") from error
     return verdict
 
 

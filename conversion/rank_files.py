@@ -139,7 +139,10 @@ class RankFiles(Mapping):
             )
         self.world = worlds[0]
         missing = [rank for rank in range(self.world) if (self.world, rank) not in found]
-        if missing or len(found) != self.world:
+        past = [rank for _, rank in found if rank >= self.world]
+        if past:
+            raise ValueError(f"{folder} holds files of ranks {past}, but there are {self.world} from 0 on")
+        if missing:
             raise ValueError(f"{folder} lacks the files of ranks {missing} of {self.world}")
         self._folder = folder
         self._paths = [found[self.world, rank] for rank in range(self.world)]

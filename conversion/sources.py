@@ -7,10 +7,16 @@ tensors on disk until they are asked for. The first that recognises a path opens
 
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
+from tessera.modeling.loading import first_sentence
 from tessera.training.checkpoints import find_checkpoint
 
 from . import hugging_face, llama2c, meta_original, nanochat_original, native
 from .checkpoints import Checkpoint
+
+# What comes of a value of another type or size than its reader and transformers' configurations expect.
+_OF_DAMAGE = (StrictDataclassError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError)
 
 SOURCES = (native, nanochat_original, meta_original, llama2c, hugging_face)
 
@@ -35,6 +41,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     except ValueError as error:
         where = "" if str(place) in str(error) else f"{place}: "
         raise ValueError(f"{where}{error}") from error
+    except _OF_DAMAGE as error:
+        raise ValueError(f"{place} does not describe a model: {first_sentence(error)}") from error
 
 
 def _find_source(path: Path):

@@ -34,6 +34,10 @@ def read_pt(file: Path) -> dict[str, torch.Tensor]:
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
     ):
         raise ValueError(f"{file} is not a dictionary of tensors")
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() and not tensor.is_complex():
+            word = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{file}: {name} holds {word}, which are no weights")
     return tensors
 
 
