@@ -66,6 +66,21 @@ def keep(aside: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
+def keep_file(aside: Path, target: Path) -> None:
+    """Gives the one file of weights in the directory aside the target's name, and removes the directory."""
+    (file,) = aside.glob(f"*{target.suffix}")
+    handle = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    if target.exists():  # an empty directory
+        target.rmdir()
+    file.rename(target)
+    sync_folder(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 def require_space(target: Path, needed: int) -> None:
     """Checks that there is room for this many bytes, of which some may be written already.
 

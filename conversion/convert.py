@@ -25,7 +25,7 @@ import tessera
 from tessera.modeling.configuration_tessera import TesseraConfig
 
 from .acceptance import KINDS, Verdict, accept, compare_models
-from .aside import claimed, keep, require_space
+from .aside import claimed, keep, keep_file, require_space
 from .checkpoints import Checkpoint
 from .equivalents import drop_predictions_ahead
 from .fp8_checkpoints import Quantization
@@ -85,6 +85,7 @@ def convert(
     verify: str | None = None,
     verify_memory: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    tokenizer: bool = True,
 ) -> Conversion:
     """Converts a checkpoint. The target appears when it is complete and verified, or not at all.
 
@@ -92,8 +93,9 @@ def convert(
 
     Args:
         source: directory of any kind that `open_checkpoint` knows, or a run's.
-        target: directory that does not exist yet, or is empty.
-        to: one of `TARGETS`; default `native` if `mp` is given, else `tessera` for what is not Tessera's yet.
+        target: directory that does not exist yet, or is empty; for GGUF a file too, whose name ends so.
+        to: one of `TARGETS`; default `native` if `mp` is given, `gguf` if the target's name ends so, else
+            `tessera` for what is not Tessera's yet.
         n_experts: routed experts that the caller expects, 0 for a dense model.
         mp: model-parallel ranks of the native layout.
         dtype: to round the weights to; default: as they are. With `fp8` the matrices of attention and
@@ -101,9 +103,11 @@ def convert(
         device: that the verification runs on.
         max_shard_size: bytes of tensors in a file of the result.
         verify: what is compared beside every weight: `full`, the logits of whole models; `sample`, those of
-            some of the layers; `weights`, none. Default: `full` if memory allows it, else `sample`.
+            some of the layers; `weights`, none. Default: `full` if memory allows it, else `sample`. For GGUF
+            also `llama.cpp`: `full`, and what llama.cpp makes of the file.
         verify_memory: bytes that the comparison may take; default: what is free.
         progress: told of bytes written and of all bytes.
+        tokenizer: whether a GGUF file has the tokenizer in it.
 
     Raises:
         ValueError: for a source that is not understood, a target that cannot express the model or is in the
@@ -112,7 +116,11 @@ def convert(
     """
     began = time.monotonic()
     target = Path(target).resolve()
+    if to is None and mp is None:
+        to = next((name for name, each in TARGETS.items() if each.suffix == target.suffix != ""), None)
     _check_arguments(target, to, mp, dtype, device, max_shard_size, verify)
+    if not tokenizer and (to is None or TARGETS[to].suffix is None):
+        raise ValueError("--no-tokenizer is for --to gguf, whose file has the tokenizer in it")
     checkpoint = open_checkpoint(source)
     if to is None:
         to = "native" if mp is not None else "tessera"
@@ -124,13 +132,18 @@ def convert(
         )
     require_fitting_tokenizer(checkpoint)
 
-    rounding = _DTYPES.get(dtype)
+    own_types = TARGETS[to].dtypes is not None
+    rounding = None if own_types else _DTYPES.get(dtype)
     config, tensors = _prepare(checkpoint, TARGETS[to], rounding, dtype == _FP8)
     quantization = _plan_fp8(checkpoint, TARGETS[to], config) if dtype == _FP8 else None
     options = Options(
         mp=1 if mp is None else mp,
         largest_file=max_shard_size,
         encode=None if quantization is None else quantization.encode,
+        dtype=dtype if own_types else None,
+        tokenizer=tokenizer,
+        verify=verify,
+        source=checkpoint,
     )
     measure = TARGETS[to].size or (lambda config, tensors, options: size_of(tensors))
     size = measure(config, tensors, options)
@@ -150,7 +163,8 @@ def convert(
         options = replace(options, journal=journal)
         TARGETS[to].write(aside, config, tensors, options)
         check_against_report(checkpoint.folder)
-        checkpoint.copy_side_files(aside)
+        if TARGETS[to].suffix is None:
+            checkpoint.copy_side_files(aside)
         checkpoint.notes += TARGETS[to].finish(aside)
         wrote = time.monotonic()
         written = Written(aside, checkpoint, config, tensors, options, device)
@@ -164,15 +178,18 @@ def convert(
             source={"name": checkpoint.folder.resolve().name, "kind": checkpoint.kind},
             target={"name": target.name, "kind": to},
             parameters=sum(outline(tensors, name).numel() for name in tensors),
-            dtype=dtype if dtype == _FP8 else str(config.dtype).removeprefix("torch."),
+            dtype=options.dtype or (dtype if dtype == _FP8 else str(config.dtype).removeprefix("torch.")),
             files=hash_files(_weight_files(aside)),
             checks=verdict.checks,
             notes=checkpoint.notes + verdict.notes,
             seconds={"writing": round(wrote - began, 2), "verifying": round(time.monotonic() - wrote, 2)},
             versions=_versions(),
         )
-        report.write(aside)
-        keep(aside, target)
+        if TARGETS[to].suffix == target.suffix != "":
+            keep_file(aside, target)
+        else:
+            report.write(aside)
+            keep(aside, target)
     course = []
     if journal.discarded:
         course.append("what a different call had written for this target is discarded")
@@ -196,10 +213,13 @@ def _check_arguments(
         raise ValueError(f"{target} is the current directory, which cannot be replaced; name a new one")
     if to is not None and to not in TARGETS:
         raise ValueError(f"--to {to}: known targets are {', '.join(TARGETS)}")
-    if dtype is not None and dtype not in (*_DTYPES, _FP8):
-        raise ValueError(f"--dtype {dtype}: choose from {', '.join((*_DTYPES, _FP8))}")
-    if verify is not None and verify not in KINDS:
-        raise ValueError(f"--verify {verify}: choose from {', '.join(KINDS)}")
+    own = None if to is None else TARGETS[to]
+    dtypes = (*_DTYPES, _FP8) if own is None or own.dtypes is None else own.dtypes
+    if dtype is not None and dtype not in dtypes:
+        raise ValueError(f"--dtype {dtype}: choose from {', '.join(dtypes)}")
+    kinds = KINDS if own is None else KINDS + own.verifications
+    if verify is not None and verify not in kinds:
+        raise ValueError(f"--verify {verify}: choose from {', '.join(kinds)}")
     if max_shard_size < 1:
         raise ValueError(f"--max-shard-size must be at least a byte, got {max_shard_size}")
     if mp is not None and to not in (None, "native"):
@@ -273,7 +293,9 @@ def _identify(checkpoint: Checkpoint, to: str, dtype: str | None, options: Optio
         "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         "to": to,
         "dtype": dtype,
-        "options": {key: value for key, value in vars(options).items() if key not in ("journal", "encode")},
+        "options": {
+            key: value for key, value in vars(options).items() if key not in ("journal", "encode", "source")
+        },
         "versions": _versions(),
     }
 

@@ -12,7 +12,7 @@ import torch
 
 from tessera.modeling.configuration_tessera import TesseraConfig
 
-from . import native
+from . import gguf_target, native
 from .checkpoints import Checkpoint
 from .equivalents import cut_padding, pair_halves, pair_neighbours
 from .families import FAMILIES, Family
@@ -38,12 +38,20 @@ class Options:
         journal: of what is written already, and who is told of each tensor; goes to the writers of
             `tensor_files.py`.
         encode: to FP8, for a target that has it.
+        dtype: for a target that rounds by itself, what to; None for as it is.
+        tokenizer: whether a target of one file has the tokenizer in it.
+        verify: what is compared beside every weight.
+        source: the checkpoint that the model is from.
     """
 
     mp: int = 1
     largest_file: int = LARGEST_FILE
     journal: Journal | None = None
     encode: Encoder | None = None
+    dtype: str | None = None
+    tokenizer: bool = True
+    verify: str | None = None
+    source: Checkpoint | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,9 @@ class Target:
         finish: adds what is made of the tokenizer, once that is there; gives sentences for the user.
         fp8: how it has matrices in FP8, if it can.
         rules: its tensors, where it can have them in FP8.
+        dtypes: what `--dtype` may be, for a target that rounds by itself.
+        suffix: of a target of one file, which has all that else comes along beside it.
+        verifications: what `--verify` may be beside what it may be for all.
     """
 
     name: str
@@ -94,6 +105,9 @@ class Target:
     finish: Callable[[Path], list[str]] = lambda folder: []
     fp8: Fp8Layout | None = None
     rules: Callable[[TesseraConfig], list[Rule]] | None = None
+    dtypes: tuple[str, ...] | None = None
+    suffix: str | None = None
+    verifications: tuple[str, ...] = ()
 
 
 def _write_tessera(folder: Path, config: TesseraConfig, tensors: Tensors, options: Options) -> None:
@@ -169,5 +183,15 @@ TARGETS = {
         Target("native", _write_native, size=_size_native, fp8=NATIVE_FP8, rules=lambda config: native.RULES),
         *map(_family_target, FAMILIES.values()),
         *map(_nanochat_target, ARCHITECTURES),
+        Target(
+            "gguf",
+            gguf_target.write,
+            gguf_target.prepare,
+            size=gguf_target.size,
+            verify=gguf_target.verify,
+            dtypes=tuple(gguf_target.TYPES),
+            suffix=gguf_target.SUFFIX,
+            verifications=(gguf_target.LLAMA_CPP,),
+        ),
     )
 }

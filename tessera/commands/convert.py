@@ -19,7 +19,10 @@ def convert(
         ),
     ],
     target: Annotated[
-        str, typer.Argument(metavar="TARGET", help="Directory to write; must not be there yet.")
+        str,
+        typer.Argument(
+            metavar="TARGET", help="Directory to write, or a file ending in .gguf; must not be there yet."
+        ),
     ],
     n_experts: Annotated[
         int | None,
@@ -33,15 +36,18 @@ def convert(
     to: Annotated[
         str | None,
         typer.Option(
-            help="tessera, native, llama, mistral, qwen3, gpt2, deepseek_v3, nanochat, or nanochat's own "
-            "nanochat-original (July 2026) and nanochat-2025; default: tessera, "
-            "or native if ranks are given."
+            help="tessera, native, a family of transformers (llama, mistral, qwen2, qwen3, qwen3_moe, "
+            "mixtral, gpt2, deepseek_v2, deepseek_v3, nanochat), nanochat's own nanochat-original "
+            "(July 2026) or nanochat-2025, or gguf; default: tessera, native if ranks are given, gguf if TARGET "
+            "ends in .gguf."
         ),
     ] = None,
     mp: Annotated[int | None, typer.Option(help="Model-parallel ranks of the native layout.")] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="Round to float32, bfloat16, float16 or fp8 (in blocks); default: as it is."),
+        typer.Option(
+            help="Round to float32, bfloat16, float16, fp8 (in blocks) or, for gguf, q8_0; default: as it is."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="Where the result is verified: cpu, cuda.")] = "cpu",
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights, like 2GB or 500MB.")] = "5GB",
@@ -49,12 +55,16 @@ def convert(
         str | None,
         typer.Option(
             help="Beside every weight, compare the logits of whole models (full), of some layers (sample) "
-            "or of none (weights); default: full where memory allows it, else sample."
+            "or of none (weights), or for gguf run the file with llama.cpp too (llama.cpp); default: full "
+            "where memory allows it, else sample."
         ),
     ] = None,
     verify_memory: Annotated[
         str | None, typer.Option(help="Memory that this may take, like 8GB; default: what is free.")
     ] = None,
+    tokenizer: Annotated[
+        bool, typer.Option("--tokenizer/--no-tokenizer", help="For gguf: put the tokenizer into the file.")
+    ] = True,
 ) -> None:
     """Convert from and to other families and native shards.
 
@@ -93,6 +103,7 @@ def convert(
             verify=verify,
             verify_memory=memory,
             progress=show,
+            tokenizer=tokenizer,
         )
     for sentence in (*done.course, *done.notes):
         typer.echo(sentence)
