@@ -26,6 +26,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 # llama.cpp keeps these in fp32: vectors, and what it looks positions up in or routes by.
 _FP32 = ("position_embd.weight", "ffn_gate_inp.weight", ROPE_FACTORS)
 _BLOCK = 32  # numbers that share a scale in Q8_0
+_AT_ONCE = 2**22  # numbers that are compared
 _LARGEST_FP16 = 65504.0
 
 
@@ -147,16 +148,24 @@ class GGUFTensors(Mapping):
         self._dequantize = gguf.quants.dequantize
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = self._tensors[name]
-        shape = tuple(int(size) for size in reversed(tensor.shape))
-        # A copy: what is read must not depend on the mapped file.
-        return torch.from_numpy(np.array(self._dequantize(tensor.data, tensor.tensor_type))).reshape(shape)
+        return self.rows(name).reshape(self.shape_of(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Some of the rows of a tensor, all dimensions but the last taken as one."""
+        tensor = self._tensors[name]
+        data = tensor.data.reshape(-1, tensor.data.shape[-1])[start:stop]
+        # A copy: what is read must not depend on the mapped file.
+        return torch.from_numpy(np.array(self._dequantize(data, tensor.tensor_type)))
+
+    def shape_of(self, name: str) -> torch.Size:
+        """As torch has it: the last dimension is that of a row."""
+        return torch.Size(int(size) for size in reversed(self._tensors[name].shape))
 
     def type_of(self, name: str) -> str:
         """F32, F16, BF16 or Q8_0."""
