@@ -20,10 +20,9 @@ from tessera.training.curves import draw_curve, draw_measures, read_metrics
 
 from .card_usage import describe_use
 from .families import architecture
+from .report import REPORT
 
 CURVE = "loss.png"
-# What `convert` says of its own work.
-REPORT = "conversion_report.json"
 # Of a recipe: where data and starting weights come from, and what says nothing of the result.
 _DATA = ("data_file", "data", "dataset")
 _STARTS = ("model", "ckpt_path")
@@ -44,6 +43,7 @@ def write_model_card(
     model_type: str,
     *,
     model: Path | None = None,
+    weights: Path | None = None,
     run: Path | None = None,
     step: int | None = None,
     license: str | None = None,
@@ -58,7 +58,8 @@ def write_model_card(
         repo_id: where it will be.
         config: of the model, as Tessera has it.
         model_type: `tessera`, whose code travels with the weights, or a family of transformers.
-        model: directory that the weights come from.
+        model: directory that was named: whose scores and README.md are those of this model.
+        weights: directory that the weights are in, after a conversion for the release; default: `model`.
         run: run directory with `recipe.yaml`, `metrics.jsonl` and `eval.json`, as far as they are there.
         step: of an unfinished run, whose checkpoint this is.
         license: identifier as the Hub knows it.
@@ -111,7 +112,7 @@ def write_model_card(
         if converted is not None:
             sections.append("Measured before the conversion of which is told below.")
         sections.append(f"```text\n{scores}\n```")
-    if conversion := _describe_conversion(model, converted, notes or []):
+    if conversion := _describe_conversion(weights or model, converted, notes or []):
         sections += ["## Conversion", *conversion]
     text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
     ModelCard(text).save(folder / "README.md")
@@ -226,16 +227,35 @@ def _describe_training(recipe: dict[str, Any], records: list[dict]) -> dict[str,
     return rows
 
 
-def _describe_conversion(model: Path, converted: str | None, notes: list[str]) -> list[str]:
-    """What was done to the weights, as far as it is known."""
-    lines = [] if converted is None else [f"From {converted}."]
-    lines += [f"{note[0].upper()}{note[1:]}." for note in notes if note]
-    file = model / REPORT
+def _describe_conversion(weights: Path, converted: str | None, notes: list[str]) -> list[str]:
+    """What was done to the weights and compared, as far as it is known."""
+    file = weights / REPORT
     report = read_json(file) if file.is_file() else {}
-    rows = {key: value for key, value in report.items() if isinstance(value, str | int | float)}
-    # Of where things were the report knows paths, which are of one machine.
-    rows = {key: value for key, value in rows.items() if not re.search(r"[/\\]", str(value))}
-    return [*lines, _table(rows)] if rows else lines
+    if not _is_of(weights, report.get("files")):
+        report = {}
+    checks = [
+        (check.get("name"), check.get("found"), check.get("allowed"))
+        for check in report.get("checks") or []
+        if check.get("passed")
+    ]
+    if converted is None and checks:
+        kinds = [(report.get(end) or {}).get("kind", "?") for end in ("source", "target")]
+        converted = f"{kinds[0]} to {kinds[1]}"
+    lines = [] if converted is None else [f"From {converted}." + (" Compared were:" if checks else "")]
+    if checks:
+        rows = {name: f"{found}" + (f" (allowed: {most})" if most else "") for name, found, most in checks}
+        lines.append(_table(rows))
+    # Those of the checkpoint itself, and those of its conversion now or earlier.
+    told = dict.fromkeys([*notes, *(report.get("notes") or [])])
+    return [*lines, *(f"{note[0].upper()}{note[1:]}." for note in told if note)]
+
+
+def _is_of(weights: Path, files: Any) -> bool:
+    """Whether what a report says is of these very files."""
+    if not isinstance(files, dict) or not files or not all(isinstance(told, dict) for told in files.values()):
+        return False
+    there = all((weights / name).is_file() for name in files)
+    return there and all(file_sha256(weights / name) == told.get("sha256") for name, told in files.items())
 
 
 def _short(value: Any) -> Any:
@@ -281,10 +301,7 @@ def _read_scores(run: Path | None, model: Path) -> str | None:
         return None
     report = read_json(file)
     measured = (report.get("model") or {}).get("sha256") or {}
-    files = {name: model / name for name in measured}
-    if not measured or not all(file.is_file() for file in files.values()):
-        return None
-    if any(file_sha256(files[name]) != sha for name, sha in measured.items()):
+    if not _is_of(model, {name: {"sha256": sha} for name, sha in measured.items()}):
         return None
     try:
         return format_table(report)

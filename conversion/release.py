@@ -198,6 +198,7 @@ def build_release(
         checkpoint.config,
         checkpoint.kind,
         model=origin.model,
+        weights=checkpoint.folder,
         run=origin.run,
         step=origin.step,
         license=license,

@@ -167,12 +167,16 @@ def test_a_conversion_is_told_without_paths(tmp_path, monkeypatch):
     assert "From tessera to llama in float16; the logits differ by at most" in text
     assert "Measured before the conversion" in text and "1.2345" in text
     assert "custom_code" not in ModelCard(text).data.tags
+    assert "| tokenizer | 256 tokens, equal ids |" in text, "from the report of the conversion"
     convert(run / "final", tmp_path / "llama", to="llama")
-    report = {"source": "/srv/me/run", "target": "llama", "largest_difference": 0.00125, "tensors": [1]}
-    (tmp_path / "llama/conversion_report.json").write_text(json.dumps(report))
     text = release(tmp_path / "llama", tmp_path / "again")
-    assert "| largest_difference | 0.00125 |" in text and "/srv/me" not in text
-    assert not (tmp_path / "again/conversion_report.json").exists()
+    assert "From tessera to llama. Compared were:" in text and str(tmp_path) not in text
+    assert "| weights, read back | equal bit for bit |" in text
+    assert not list((tmp_path / "again").glob("conversion_report*"))
+    tiny_model("nanochat-tiny").save_pretrained(tmp_path / "other")
+    report = (tmp_path / "llama/conversion_report.json").read_text()
+    (tmp_path / "other/conversion_report.json").write_text(report)
+    assert "Conversion" not in release(tmp_path / "other", tmp_path / "others"), "of other weights"
 
 
 def test_the_code_on_the_card_runs(tmp_path, monkeypatch):

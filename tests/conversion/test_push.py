@@ -137,6 +137,7 @@ def test_what_cannot_be_the_family_is_told_with_the_field(in_process, tmp_path, 
     with pytest.raises(ValueError, match="--as gguf: transformers loads tessera, llama"):
         push(tmp_path / "ours", "someone/gpt", family="gguf")
     assert not (in_process.root / "models/someone/gpt").exists()
+    assert not list((tmp_path / "cache/tessera/push").iterdir())
 
 
 def test_no_path_of_this_machine_travels_in_a_configuration(tmp_path):
