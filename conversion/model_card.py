@@ -23,6 +23,8 @@ from .families import architecture
 from .report import REPORT
 
 CURVE = "loss.png"
+# What Tessera tells of a tokenizer that it trained.
+NOTES = "tokenizer_meta.json"
 # Of a recipe: where data and starting weights come from, and what says nothing of the result.
 _DATA = ("data_file", "data", "dataset")
 _STARTS = ("model", "ckpt_path")
@@ -179,7 +181,11 @@ def _describe_tokenizer(folder: Path) -> dict[str, str]:
     tokens = len(vocabulary) + sum(
         token.get("content") not in vocabulary for token in values.get("added_tokens") or []
     )
-    return {"tokenizer": f"{model.get('type') or 'a tokenizer'}, {tokens:,} tokens"}
+    told = f"{model.get('type') or 'a tokenizer'}, {tokens:,} tokens"
+    notes = read_json(folder / NOTES) if (folder / NOTES).is_file() else {}
+    if isinstance(measured := notes.get("bytes_per_token"), float):
+        told += f", {measured:.2f} bytes each"
+    return {"tokenizer": told}
 
 
 def _describe_data(recipe: dict[str, Any]) -> dict[str, str]:

@@ -207,8 +207,11 @@ def _download(repo_id: str, commit: str, aside: Path, paths: list[str]) -> None:
         explained = _explained(error, repo_id)
         if explained is error:
             raise
-        hint = f"; what has come is in {aside}, and the same command goes on there" if aside.is_dir() else ""
-        raise ValueError(f"{explained}{hint}") from error
+        if aside.is_dir() and any(path.name != ".cache" for path in aside.iterdir()):
+            hint = f"; what has come is in {aside}, and the same command goes on there"
+            raise ValueError(f"{explained}{hint}") from error
+        shutil.rmtree(aside, ignore_errors=True)
+        raise explained from error
 
 
 def _compare(repo_id: str, aside: Path, wanted: dict) -> None:

@@ -108,7 +108,7 @@ def push(
         if not get_token():
             raise ValueError("there is no token for the Hub: set HF_TOKEN, or log in with `hf auth login`")
         # Before the work: whether the Hub is there, knows the token, and what it would be put on.
-        _ask(lambda api: api.whoami(), repo_id)
+        _ask(lambda api: _require_write(api, repo_id), repo_id)
         remote = _look(repo_id, revision, private)
     elif dry_run:
         try:
@@ -125,15 +125,15 @@ def push(
         say("loads without Tessera, with the same logits")
         files = list_release(folder)
         _describe(files, origin, dry_run, say)
+        if output is None:
+            same = set() if remote is None else same_files(files, remote)
+            _describe_target(repo_id, revision, private, remote, files, same, say)
         if not sends:
-            if dry_run:
-                _describe_target(repo_id, revision, private, remote, files, say)
             if output is not None:
                 write_release(folder, Path(output))
             discard(origin)
             return f"{HfApi().endpoint}/{repo_id}" if output is None else str(output)
-        _describe_target(repo_id, revision, private, remote, files, say)
-        url = send(files, remote, repo_id, private, revision, message or "Upload model", say)
+        url = send(files, same, remote, repo_id, private, revision, message or "Upload model", say)
         discard(origin)
         return url
 
@@ -181,6 +181,16 @@ def _look(repo_id: str, revision: str | None, private: bool) -> Remote:
     return _ask(look, repo_id)
 
 
+def _require_write(api: HfApi, repo_id: str) -> None:
+    about = (api.whoami().get("auth") or {}).get("accessToken") or {}
+    # Of tokens with finer rights the Hub tells at the first change only.
+    if about.get("role") == "read":
+        raise ValueError(
+            f"the token may not write to {repo_id}, it only reads: make one that writes, in the settings of "
+            f"your account at {api.endpoint}"
+        )
+
+
 def _require_private(repo_id: str, private: bool, is_private: bool | None) -> None:
     if private and not is_private:
         raise ValueError(
@@ -210,6 +220,7 @@ def _describe_target(
     private: bool,
     remote: Remote | None,
     files: list[ReleaseFile],
+    same: set[str],
     say: Callable[[str], None],
 ) -> None:
     branch = revision or "main"
@@ -219,7 +230,6 @@ def _describe_target(
         return say(f"to: {repo_id}, new and {'private' if private else 'public'}, branch {branch}")
     new = "" if remote.head else ", which is new"
     say(f"to: {repo_id}, there and {'private' if remote.is_private else 'public'}, branch {branch}{new}")
-    same = {file.name for file in files if _is_same(file, remote)}
     replaced = [file.name for file in files if file.name in remote.files and file.name not in same]
     gone, kept = left_over(remote, files)
     for words, names in (
@@ -240,9 +250,14 @@ def left_over(remote: Remote, files: list[ReleaseFile]) -> tuple[list[str], list
     return gone, [name for name in others if name not in gone]
 
 
-def _is_same(file: ReleaseFile, remote: Remote) -> bool:
-    there = remote.files.get(file.name)
-    return there is not None and there[0] == file.size and there[1] == content_hash(file.path, there[2])
+def same_files(files: list[ReleaseFile], remote: Remote) -> set[str]:
+    """Names of those that a repository has with the same content."""
+    same = set()
+    for file in files:
+        size, digest, sha256 = remote.files.get(file.name, (None, None, False))
+        if size == file.size and digest == content_hash(file.path, sha256):
+            same.add(file.name)
+    return same
 
 
 def content_hash(path: Path, sha256: bool) -> str:
@@ -274,6 +289,7 @@ def _some(names: list[str], most: int = 12) -> str:
 
 def send(
     files: list[ReleaseFile],
+    same: set[str],
     remote: Remote,
     repo_id: str,
     private: bool,
@@ -289,6 +305,7 @@ def send(
 
     Args:
         files: of the release.
+        same: names of those that are there already.
         remote: the repository as it was looked at; a branch that has moved since is refused.
         repo_id, private, revision, message, say: as `push` has them.
 
@@ -298,9 +315,7 @@ def send(
     Raises:
         ValueError: if the Hub refuses or is not reached.
     """
-    additions = [
-        CommitOperationAdd(file.name, str(file.path)) for file in files if not _is_same(file, remote)
-    ]
+    additions = [CommitOperationAdd(file.name, str(file.path)) for file in files if file.name not in same]
     gone, _ = left_over(remote, files)
 
     def commit(api: HfApi) -> str:

@@ -83,6 +83,7 @@ def pull(
     that the Hub gives, and opened. After a lost connection the same command goes on.
     """
     silence_transformers()
+    from tessera.conversion.families import FAMILIES
     from tessera.conversion.pull import pull as run
     from tessera.conversion.push import format_size
 
@@ -104,5 +105,5 @@ def pull(
             typer.echo(f"go on:   tessera chat --model {place}")
         elif done.has_tokenizer:
             typer.echo(f"go on:   tessera generate --model {place} --interactive")
-    elif done.kind != "native":
+    elif done.kind in FAMILIES:
         typer.echo(f"go on:   tessera convert {place} NEW   (for chat, sft, eval and the others)")

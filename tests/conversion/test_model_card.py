@@ -63,6 +63,7 @@ def test_the_card_says_what_the_run_says(tmp_path):
     run = make_run(tmp_path / "run", "bytegpt-tiny", records())
     weights = (run / "final/model.safetensors").read_bytes()
     write_scores(run, hashlib.sha256(weights).hexdigest())
+    (run / "final/tokenizer_meta.json").write_text(json.dumps({"type": "bpe", "bytes_per_token": 1.0}))
     text = release(run, tmp_path / "release", license="mit")
     head = ModelCard(text).data.to_dict()
     assert (head["library_name"], head["license"]) == ("transformers", "mit")
@@ -75,7 +76,7 @@ def test_the_card_says_what_the_run_says(tmp_path):
         "tokens seen | 6,000",
         "steps done | 60",
         "time | 6.0 minutes",
-        "tokenizer | BPE, 256 tokens",
+        "tokenizer | BPE, 256 tokens, 1.00 bytes each",
     ):
         assert f"| {row} |" in text
     assert "| validation at the end, bits per byte | 4 |" in text

@@ -215,7 +215,7 @@ def test_what_is_not_given_is_told_in_a_sentence(api, hub, repo, monkeypatch):
         log_in(hub, monkeypatch, token)
         with pytest.raises(ValueError, match=sentence) as caught:
             pull(name, "model")
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(caught.value) and not list(Path().iterdir())
     monkeypatch.setattr(pulling, "HfApi", partial(HfApi, endpoint="http://127.0.0.1:9"))
     with pytest.raises(ValueError, match="the Hub at http://127.0.0.1:9 cannot be reached"):
         pull(gated, "model")

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 from local_hub import TOKEN, Account, LocalHub
 
 from tessera import build_byte_tokenizer
+from tessera.commands.hub import push as command
 from tessera.conversion import push as pushing
 from tessera.conversion.push import push
 
@@ -146,10 +147,10 @@ def test_a_hub_that_is_busy_once_is_asked_again(method, path, status, api, hub, 
     assert len(history(hub, f"someone/busy-{status}")) == 2
 
 
-def test_who_may_not_write_is_told_so(api, hub, model, monkeypatch):
+def test_who_may_not_write_is_told_so(api, hub, model, monkeypatch, tmp_path):
     monkeypatch.setattr(pushing, "HfApi", partial(HfApi, endpoint=hub.url, token="hf_reader"))
-    with pytest.raises(ValueError, match="the token may not write to someone/mine"):
-        push(model, "someone/mine")
+    with pytest.raises(ValueError, match="the token may not write to someone/mine, it only reads"):
+        push(tmp_path / "not even looked at", "someone/mine")
     monkeypatch.setattr(pushing, "HfApi", partial(HfApi, endpoint=hub.url, token=TOKEN))
     with pytest.raises(ValueError, match="the token may not write to another/theirs"):
         push(model, "another/theirs")
@@ -182,6 +183,15 @@ def test_what_is_replaced_is_said_and_nothing_of_an_earlier_release_is_loaded_wi
     assert {"notes/plan.md", "picture.jpg", "README.md", "config.json"} < states[0]
     old = api.list_repo_files("someone/earlier", revision=head.oid)
     assert set(old) == earlier.keys(), "it is still in the history"
+
+
+def test_the_command_lists_or_writes_but_not_both(api, hub, model, capsys):
+    with pytest.raises(ValueError, match="--dry-run writes nothing, and --output a directory"):
+        command(str(model), "someone/dry", dry_run=True, output="x")
+    command(str(model), "someone/dry", dry_run=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "loads without Tessera, with the same logits"
+    assert lines[-1] == f"nothing was sent to: {hub.url}/someone/dry"
 
 
 def test_a_branch_that_moves_in_the_meantime_is_not_overwritten(api, hub, model, monkeypatch):
