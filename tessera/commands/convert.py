@@ -38,8 +38,8 @@ def convert(
         typer.Option(
             help="tessera, native, a family of transformers (llama, mistral, qwen2, qwen3, qwen3_moe, "
             "mixtral, gpt2, deepseek_v2, deepseek_v3, nanochat), nanochat's own nanochat-original "
-            "(July 2026) or nanochat-2025, or gguf; default: tessera, native if ranks are given, gguf if TARGET "
-            "ends in .gguf."
+            "(July 2026) or nanochat-2025, or gguf; default: tessera, native if ranks are given, gguf if "
+            "TARGET ends in .gguf."
         ),
     ] = None,
     mp: Annotated[int | None, typer.Option(help="Model-parallel ranks of the native layout.")] = None,
