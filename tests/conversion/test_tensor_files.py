@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from tessera.conversion.journal import Journal
 from tessera.conversion.rules import TRANSPOSED, Changed, Renamed, Step, Translated
 from tessera.conversion.safetensors_format import DTYPES
-from tessera.conversion.tensor_files import TensorFiles, open_safetensors, read_pt, write_safetensors
+from tessera.conversion.tensor_files import TensorFiles, open_safetensors, write_safetensors
+from tessera.conversion.torch_files import read_pt
 from tessera.conversion.weight_writer import WeightWriter
 
 
