@@ -237,8 +237,8 @@ def _prepare(
 ) -> tuple[TesseraConfig, Mapping[str, torch.Tensor]]:
     """The model that will be written: as the target can have it, in the dtype that was asked for."""
     config, tensors = copy.deepcopy(checkpoint.config), checkpoint.tensors
-    if checkpoint.fp8 is not None and rounding is not None:
-        # Rounded once, from the product.
+    if checkpoint.fp8 is not None and (rounding is not None or to_fp8):
+        # Rounded once, from the product; or back to the numbers that it was made of.
         checkpoint.fp8.stored.dtype = torch.float32
     require_one_dtype(tensors, torch.bfloat16 if to_fp8 else rounding)
     tensors = sound(tensors)

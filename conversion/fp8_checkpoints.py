@@ -176,7 +176,7 @@ class Quantized(Mapping):
         layout: how it has FP8.
         scales: factors to take, by the name of their matrix; for others they are computed.
         rest: type of what is not in FP8; None leaves it as it is.
-        errors: where what each matrix loses is written down.
+        errors: where what each matrix loses is written down, of those whose factors are computed.
     """
 
     def __init__(
@@ -227,11 +227,12 @@ class Quantized(Mapping):
     def _encode(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         if self._last[0] != name:
             weight = self._tensors[name]
+            known = self._scales.get(name)
             try:
-                numbers, scale = quantize_blocks(weight, self._scales.get(name))
+                numbers, scale = quantize_blocks(weight, known)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-            if name not in self._errors:
+            if known is None and name not in self._errors:
                 restored = dequantize_blocks(numbers, scale, torch.float32)
                 self._errors[name] = measure_error(name, weight, restored)
             self._last = (name, (numbers, scale))
@@ -278,7 +279,8 @@ class Quantization:
         rules: of the target.
         config: of the model that is written.
         source: the source's factors, if it is in FP8 itself.
-        errors: of each matrix that was encoded, by its name.
+        errors: of each matrix that came into FP8 here, by its name.
+        kept: how many come with the factors of the source.
     """
 
     layout: Fp8Layout
@@ -286,6 +288,7 @@ class Quantization:
     config: TesseraConfig
     source: BlockScaled | None = None
     errors: dict[str, QuantizationError] = field(default_factory=dict)
+    kept: int = 0
 
     def encode(self, theirs: Tensors) -> Quantized:
         """Tensors under the target's names, as they are written."""
@@ -295,7 +298,9 @@ class Quantization:
         ]
         # What is not in FP8 is bf16 in the releases; of a source in FP8 it stays what it is.
         rest = torch.bfloat16 if self.source is None else None
-        return Quantized(theirs, self.layout, Translated(known, plan, out=True), rest, self.errors)
+        scales = Translated(known, plan, out=True)
+        self.kept = len(scales)
+        return Quantized(theirs, self.layout, scales, rest, self.errors)
 
     def round(self, ours: Tensors) -> Tensors:
         """Tensors under Tessera's names, as they are read back from what is written."""
@@ -304,10 +309,11 @@ class Quantization:
 
     def describe(self) -> list[str]:
         """The error in sentences: of all matrices together, and of the worst one."""
+        kept = [f"{self.kept} tensors keep the source's numbers in FP8"] if self.kept else []
         if not self.errors:
-            return []
+            return kept
         worst = min(self.errors.values(), key=lambda error: error.sqnr)
-        return [str(summarize_errors(self.errors.values())), f"the worst is {worst}"]
+        return [*kept, str(summarize_errors(self.errors.values())), f"the worst is {worst}"]
 
     def report(self) -> dict[str, Any]:
         """The error by tensor and of all, for a JSON file. Infinite SQNR (nothing lost) is null."""
@@ -322,6 +328,7 @@ class Quantization:
 
         errors = self.errors
         return {
+            "kept": self.kept,
             "all": entry(summarize_errors(errors.values())),
             "tensors": {name: entry(errors[name]) for name in sorted(errors)},
         }

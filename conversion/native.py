@@ -129,7 +129,7 @@ def open_slices(files: RankFiles, config: TesseraConfig) -> dict[str, Slice]:
         parts = [slice_of(name) for name in step.theirs]
         (name,) = step.ours
         # Besides stacks of experts the layout has Tessera's tensors as they are.
-        slices[name] = parts[0] if step.operation is SAME else _stack(parts, step.operation)
+        slices[name] = parts[0] if step.operation is SAME else _stack(step.theirs, parts, step.operation)
         expected = translated.shapes[name]
         if slices[name].shape != expected:
             raise ValueError(
@@ -139,9 +139,13 @@ def open_slices(files: RankFiles, config: TesseraConfig) -> dict[str, Slice]:
     return slices
 
 
-def _stack(parts: list[Slice], operation: Operation) -> Slice:
+def _stack(names: tuple[str, ...], parts: list[Slice], operation: Operation) -> Slice:
     """Experts as Tessera has them: [E, ...], of gate and up the one below the other."""
     pairs = 2 if operation is UNSTACKED_PAIRS else 1
+    kinds = {(part.get_dtype(), part.shape) for part in parts}
+    if len(kinds) > 1 or len(parts[0].shape) != 2:
+        found = " and ".join(f"{dtype} {shape}" for dtype, shape in sorted(kinds))
+        raise ValueError(f"{name_some(names)} belong together but are {found}")
     rows, columns = parts[0].shape
     placed = [((i // pairs, i % pairs * rows, 0), StackedSlice(part)) for i, part in enumerate(parts)]
     return AssembledSlice((len(parts) // pairs, pairs * rows, columns), placed)

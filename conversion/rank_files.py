@@ -85,7 +85,7 @@ def share_of(name: str, shape: tuple[int, ...], weight: tuple[int, ...], rank: i
     dimension = split_dimension(name)
     if dimension is None or world == 1 or expert_number(name) is not None:
         return tuple(ranges)
-    if dimension >= len(shape) or weight[dimension] % world:
+    if dimension >= min(len(shape), len(weight)) or weight[dimension] % world:
         raise ValueError(f"mp {world} does not divide dimension {dimension} of {name} {tuple(weight)}")
     share = weight[dimension] // world
     if name.endswith(SCALE):
@@ -248,7 +248,7 @@ class RankFiles(Mapping):
 
 def _require_whole_blocks(name: str, share: int, world: int) -> None:
     """Each rank's share must begin where a block does, or lie within one."""
-    for begin in range(0, share * world, share):
+    for begin in (rank * share for rank in range(world)):
         if begin % BLOCK and begin // BLOCK != (begin + share - 1) // BLOCK:
             raise ValueError(
                 f"{name.removesuffix(SCALE) + WEIGHT} cannot be shared by {world} ranks in FP8: {share} rows "

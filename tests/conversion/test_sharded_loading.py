@@ -182,15 +182,29 @@ def _narrow(tensors):
     tensors["norm.weight"] = tensors["norm.weight"][:-1].clone()
 
 
+def _change_expert(change):
+    def damage(tensors):
+        name = "layers.1.ffn.experts.2.w1.weight"
+        tensors[name] = change(tensors[name])
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
+        (
+            _change_expert(lambda t: t[:-1].clone()),
+            r"belong together but are F32 \(31, 96\) and F32 \(32, 96\)",
+        ),
+        (_change_expert(lambda t: t.bfloat16()), "belong together but are BF16 .* and F32 "),
+        (_change_expert(lambda t: t.flatten()), r"belong together but are F32 \(32, 96\) and F32 \(3072,\)"),
         (_without("layers.0.ffn.w1.weight"), "missing layers.0.ffn.w1.weight"),
         (_narrow, r"norm.weight gives a tensor of shape \(95,\), but the configuration says \(96,\)"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_it_is_read(damage, sentence, tmp_path):
-    folder = native("dense", tmp_path / "native")
+    folder = native("moe-of-heads", tmp_path / "native")
     tensors = load_file(folder / "model0-mp1.safetensors")
     damage(tensors)
     save_file(tensors, folder / "model0-mp1.safetensors")
