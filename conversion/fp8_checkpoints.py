@@ -136,21 +136,20 @@ class Dequantized(Mapping):
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor = self._tensors[name]
         if name in self.scales:
-            if tensor.dtype != FP8:
-                raise ValueError(f"{name} has factors beside it, but is {tensor.dtype} and not {FP8}")
-            scale = self.scales[name].float()
+            scale = self.scales[name]
+            _require_blocks(name, tensor, scale)
             if not torch.isfinite(scale).all() or (scale < 0).any():
                 raise ValueError(f"a factor of {name} is negative or not finite")
-            try:
-                return dequantize_blocks(tensor, scale, self.dtype)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+            return dequantize_blocks(tensor, scale, self.dtype)
         return _require_plain(name, tensor)
 
     def outline(self, name: str) -> torch.Tensor:
         """The tensor without its numbers, on the meta device."""
         meta = outline(self._tensors, name)
-        return meta.to(self.dtype) if name in self.scales else _require_plain(name, meta)
+        if name not in self.scales:
+            return _require_plain(name, meta)
+        _require_blocks(name, meta, self.scales.outline(name))
+        return meta.to(self.dtype)
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors and name not in self._factors
@@ -160,6 +159,17 @@ class Dequantized(Mapping):
 
     def __len__(self) -> int:
         return len(self._tensors) - len(self._factors)
+
+
+def _require_blocks(name: str, weight: torch.Tensor, scale: torch.Tensor) -> None:
+    if weight.dtype != FP8:
+        raise ValueError(f"{name} has factors beside it, but is {weight.dtype} and not {FP8}")
+    grid = block_grid(weight.shape)
+    if weight.dim() != 2 or scale.shape != grid or scale.dtype != torch.float32:
+        raise ValueError(
+            f"{name} of shape {tuple(weight.shape)} needs factors of shape {grid} in {torch.float32}, not "
+            f"{tuple(scale.shape)} in {scale.dtype}"
+        )
 
 
 def _require_plain(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -120,6 +120,8 @@ def open_slices(files: RankFiles, config: TesseraConfig) -> dict[str, Slice]:
 
     def slice_of(name: str) -> Slice:
         part = files.open_slice(name)
+        # Refuses factors that do not fit, and FP8 without any.
+        stored.outline(name)
         if name not in stored.scales:
             return part
         return DequantizedSlice(part, files.open_slice(NATIVE_FP8.scale_name(name)), stored.dtype)

@@ -171,9 +171,11 @@ class RankFiles(Mapping):
         """
         parts = self._parts(name)
         dimension = split_dimension(name)
+        self._require_alike(name, parts)
         if len(parts) == 1 or dimension is None:
             return parts[0]
-        self._require_joinable(name, parts, dimension)
+        if dimension >= len(parts[0].shape):
+            raise ValueError(f"{self._folder}: {name} of shape {parts[0].shape} cannot be of several ranks")
         if name.endswith(SCALE):
             parts = self._without_repetitions(name, parts, dimension)
         offset, placed = 0, []
@@ -215,10 +217,10 @@ class RankFiles(Mapping):
             raise ValueError(f"{self._folder}: only {len(parts)} of {self.world} ranks hold {name}")
         return parts
 
-    def _require_joinable(self, name: str, parts: list[StoredSlice], dimension: int) -> None:
+    def _require_alike(self, name: str, parts: list[StoredSlice]) -> None:
         first = parts[0]
         for rank, part in enumerate(parts):
-            if part.shape != first.shape or part.dtype != first.dtype or len(part.shape) <= dimension:
+            if part.shape != first.shape or part.dtype != first.dtype:
                 raise ValueError(
                     f"{self._folder}: rank {rank} holds {name} as {part.get_dtype()} {part.shape}, rank 0 as "
                     f"{first.get_dtype()} {first.shape}; shares must be alike"

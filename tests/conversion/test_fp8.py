@@ -22,6 +22,7 @@ from tessera.conversion.fp8 import (
     summarize_errors,
 )
 from tessera.conversion.resharding import shard
+from tessera.conversion.sharded_loading import load_sharded
 from tessera.conversion.sources import open_checkpoint
 from tessera.modeling.loading import load_model
 
@@ -428,6 +429,10 @@ def _spoil(tensors):
     tensors[NAME + "_scale_inv"][0, 0] = float("nan")
 
 
+def _round(tensors):
+    tensors[NAME + "_scale_inv"] = tensors[NAME + "_scale_inv"].bfloat16()
+
+
 def _widen(tensors):
     tensors[NAME] = tensors[NAME].float()
 
@@ -436,7 +441,8 @@ def _widen(tensors):
     ("damage", "sentence"),
     [
         (_lose, "is torch.float8_e4m3fn without factors"),
-        (_cut, r"factors of shape \(2, 2\), not \(1, 2\)"),
+        (_cut, r"needs factors of shape \(2, 2\) in torch.float32, not \(1, 2\)"),
+        (_round, r"needs factors of shape \(2, 2\) in torch.float32, not \(2, 2\) in torch.bfloat16"),
         (_spoil, "a factor of .* is negative or not finite"),
         (_widen, "has factors beside it, but is torch.float32"),
     ],
@@ -450,6 +456,37 @@ def test_damaged_fp8_is_refused_with_the_tensor(damage, sentence, tmp_path):
         convert(tmp_path / "fp8", tmp_path / "ours")
     assert NAME in str(caught.value)
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("layers.1.ffn.experts.3.w1.scale", lambda t: torch.cat([t, t]), r"needs factors of shape \(1, 1\)"),
+        (
+            "layers.1.ffn.experts.3.w1.weight",
+            lambda t: t.to(torch.float8_e5m2),
+            "is torch.float8_e5m2 and not",
+        ),
+        ("layers.0.attn.wq.scale", lambda t: t.double(), "in torch.float32, not .* in torch.float64"),
+        ("layers.0.attn_norm.weight", lambda t: t[:0].clone(), "attn_norm.weight"),
+        ("layers.0.ffn.w2.weight", lambda t: t.float(), "is torch.float32 and not torch.float8_e4m3fn"),
+    ],
+)
+def test_damaged_native_fp8_is_refused_however_it_is_read(name, change, sentence, tmp_path):
+    tiny_model("bytegpt-tiny").save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "native", to="native", dtype="fp8", verify="weights")
+    tensors = load_file(tmp_path / "native/model0-mp1.safetensors")
+    tensors[name] = change(tensors[name])
+    save_file(tensors, tmp_path / "native/model0-mp1.safetensors", metadata={"format": "pt"})
+    for read in (
+        lambda: shard(tmp_path / "native", tmp_path / "out", 2),
+        lambda: load_sharded(tmp_path / "native"),
+        lambda: convert(tmp_path / "native", tmp_path / "out"),
+    ):
+        with pytest.raises(ValueError, match=sentence) as caught:
+            read()
+        assert name.removesuffix(".scale") in str(caught.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_fp8_is_refused_where_it_cannot_be(tmp_path):

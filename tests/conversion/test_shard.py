@@ -161,6 +161,7 @@ def _no_settings(folder):
     [
         (_lose_a_rank, r"lacks the files of ranks \[1\] of 2"),
         (_change("norm.weight", lambda t: t + 1), "norm.weight differs between ranks"),
+        (_change("norm.weight", lambda t: t.half()), "rank 1 holds norm.weight as F16"),
         (_change("embed.weight", lambda t: t[:-1].clone()), r"rank 1 holds embed.weight as F32 \(127, "),
         (
             _change("layers.0.attn.wo.weight", lambda t: t.bfloat16()),
