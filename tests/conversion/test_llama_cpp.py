@@ -10,10 +10,11 @@ import pytest
 import transformers
 from helpers.models import tiny_model
 from helpers.weights import randomize
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from tessera import build_byte_tokenizer
-from tessera.conversion import gguf_architectures, llama_cpp
+from tessera.conversion import gguf_architectures, gguf_tokenizer, llama_cpp
 from tessera.conversion.convert import convert
 from tessera.tokenization.sentencepiece_models import Piece, SentencePieceModel, _backend
 from tessera.tokenization.train import train_tokenizer
@@ -57,6 +58,7 @@ MODELS = {
             "mlp_bias": True,
         },
     ),
+    "llama-padded": ("llama-tiny", {"vocab_size": 250, "padded_vocab_size": 256}),
     "llama-experts": ("llama-tiny", SPARSE),
     "qwen2": ("llama-tiny", {"attention_bias": True, "attention_output_bias": False}),
     "qwen3-yarn": ("llama-tiny", {"qk_norm": "before_rope", "rope_parameters": YARN}),
@@ -122,7 +124,7 @@ TEXT = "It was the best of times, it was the worst of times; 1859, 12345. Don't 
 def test_hard_texts_become_the_same_tokens(kind, tmp_path):
     if kind == "sentencepiece":
         pytest.importorskip("sentencepiece")
-    size = {} if kind == "bytes" else {"vocab_size": 310}
+    size = {"bytes": {}, "bpe": {"vocab_size": 300}, "sentencepiece": {"vocab_size": 310}}[kind]
     tokenizer = train_tokenizer([TEXT], kind=kind, **size)
     with_end = tiny_model("llama-tiny", vocab_size=len(tokenizer) + 3, num_hidden_layers=1)
     with_end.save_pretrained(tmp_path / "model")
@@ -130,6 +132,26 @@ def test_hard_texts_become_the_same_tokens(kind, tmp_path):
     done = convert(tmp_path / "model", tmp_path / "file.gguf", verify="llama.cpp")
     texts = re.fullmatch(r"[\d,]+ of ([\d,]+) texts, equal", found(done, "llama.cpp, tokens"))[1]
     assert int(texts.replace(",", "")) > 1000
+
+
+@pytest.mark.parametrize("key", list(gguf_tokenizer._SPLITTERS), ids=gguf_tokenizer._SPLITTERS.values())
+def test_each_named_way_to_split_is_that_of_llama_cpp(key, tmp_path):
+    patterns, whole = key
+    trained = train_tokenizer([TEXT], kind="bpe", vocab_size=300)
+    parts = json.loads(trained.backend_tokenizer.to_str())
+    parts["model"]["ignore_merges"] = whole
+    parts["normalizer"] = {"type": "NFC"} if len(patterns) == 1 and not whole else None
+    steps = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        for pattern in patterns
+    ]
+    bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    parts["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*steps, bytes_only]}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(parts)))
+    tiny_model("llama-tiny", vocab_size=300, num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    done = convert(tmp_path / "model", tmp_path / "file.gguf", verify="llama.cpp")
+    assert found(done, "llama.cpp, tokens").endswith(" texts, equal")
 
 
 def test_a_tokenizer_that_llama_cpp_reads_otherwise_is_refused(tmp_path, monkeypatch):
