@@ -116,7 +116,7 @@ def convert(
     """
     began = time.monotonic()
     target = Path(target).resolve()
-    if to is None and mp is None:
+    if to is None:
         to = next((name for name, each in TARGETS.items() if each.suffix == target.suffix != ""), None)
     _check_arguments(target, to, mp, dtype, device, max_shard_size, verify)
     if not tokenizer and (to is None or TARGETS[to].suffix is None):

@@ -80,7 +80,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
             return AutoTokenizer.from_pretrained(folder)
         except Exception as error:
             raise ValueError(
-                f"the tokenizer of {checkpoint.folder} does not load: {first_sentence(error)}"
+                f"the tokenizer of {checkpoint.folder} does not load ({first_sentence(error)}); restore it, "
+                "or write the file without, with --no-tokenizer"
             ) from error
 
 

@@ -293,6 +293,8 @@ def test_the_command_writes_a_file_or_a_directory_and_refuses_what_is_there(tmp_
     assert (tmp_path / "small.gguf").stat().st_size < (tmp_path / "dir/model-F16.gguf").stat().st_size
     assert run("convert", tmp_path / "model", tmp_path / "small.gguf") == 2
     assert "is there already" in capsys.readouterr().err
+    assert run("convert", tmp_path / "model", tmp_path / "shards.gguf", "--mp", "2") == 2
+    assert "are for the native layout, not for --to gguf" in capsys.readouterr().err
     assert run("convert", tmp_path / "model", tmp_path / "llama", "--to", "llama", "--dtype", "q8_0") == 2
     assert (
         run("convert", tmp_path / "model", tmp_path / "llama", "--to", "llama", "--verify", "llama.cpp") == 2
@@ -422,6 +424,16 @@ def test_composed_characters_are_noted_and_other_normalisation_refused(tmp_path)
 def test_more_tokens_than_the_model_has_are_refused(tmp_path):
     with pytest.raises(ValueError, match="257.*200"):
         written(build_byte_tokenizer(eos_token="<|end|>"), tmp_path, vocab_size=200)
+    assert nothing_at(tmp_path)
+
+
+def test_a_tokenizer_that_does_not_load_is_named(tmp_path):
+    save("llama-tiny", tmp_path / "model")
+    settings = json.dumps({"tokenizer_class": "LlamaTokenizer"})
+    (tmp_path / "model/tokenizer_config.json").write_text(settings, encoding="utf-8")
+    (tmp_path / "model/tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="tokenizer of .* does not load .*--no-tokenizer"):
+        convert(tmp_path / "model", tmp_path / "file.gguf")
     assert nothing_at(tmp_path)
 
 
