@@ -48,6 +48,7 @@ def write_model_card(
     weights: Path | None = None,
     run: Path | None = None,
     step: int | None = None,
+    revision: str | None = None,
     license: str | None = None,
     converted: str | None = None,
     notes: list[str] | None = None,
@@ -64,6 +65,7 @@ def write_model_card(
         weights: directory that the weights are in, after a conversion for the release; default: `model`.
         run: run directory with `recipe.yaml`, `metrics.jsonl` and `eval.json`, as far as they are there.
         step: of an unfinished run, whose checkpoint this is.
+        revision: branch that it will be on, if it is not the main one.
         license: identifier as the Hub knows it.
         converted: what the weights went through for the release, in words.
         notes: what was left out of them, in sentences.
@@ -99,7 +101,7 @@ def write_model_card(
         f"# {repo_id.split('/')[-1]}",
         _introduction(config, model_type, step),
         "## Use",
-        *describe_use(repo_id, model_type, folder, config.max_position_embeddings),
+        *describe_use(repo_id, model_type, folder, config.max_position_embeddings, revision),
         "## Architecture",
         _table({**_describe(config), **_describe_tokenizer(folder)}),
     ]

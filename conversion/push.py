@@ -120,7 +120,9 @@ def push(
         folder = Path(scratch) / "release"
         folder.mkdir()
         checkpoint, origin = find_origin(model, family, dtype)
-        build_release(checkpoint, folder, repo_id, origin=origin, license=license, on_hub=_on_hub)
+        build_release(
+            checkpoint, folder, repo_id, origin=origin, revision=revision, license=license, on_hub=_on_hub
+        )
         check_release(checkpoint, folder, Path(scratch))
         say("loads without Tessera, with the same logits")
         files = list_release(folder)

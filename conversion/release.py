@@ -154,6 +154,7 @@ def build_release(
     repo_id: str,
     *,
     origin: Origin | None = None,
+    revision: str | None = None,
     license: str | None = None,
     on_hub: Callable[[str, str], bool] = lambda name, kind: False,
 ) -> None:
@@ -164,6 +165,7 @@ def build_release(
         folder: to fill.
         repo_id: where it will be, for the card.
         origin: of the weights; default: the checkpoint alone.
+        revision: branch that it will be on, for the card; default: the main one.
         license: identifier for the card.
         on_hub: whether a name is a `model` or `dataset` there.
 
@@ -201,6 +203,7 @@ def build_release(
         weights=checkpoint.folder,
         run=origin.run,
         step=origin.step,
+        revision=None if revision == "main" else revision,
         license=license,
         converted=origin.converted,
         notes=origin.notes,

@@ -40,9 +40,8 @@ with torch.no_grad():
     out = {"ids": ids, "logits": model(ids, use_cache=False).logits.float().contiguous()}
 save_file(out, folder + "/out.safetensors")
 print(type(model).__module__)
-if revision == "main":
-    card = open(hf_hub_download(name, "README.md"), encoding="utf-8").read()
-    exec(card.split("```python")[1].split("```")[0].replace("print(", "repr("))
+card = open(hf_hub_download(name, "README.md", revision=revision), encoding="utf-8").read()
+exec(card.split("```python")[1].split("```")[0].replace("print(", "repr("))
 """
 
 
@@ -123,7 +122,7 @@ def test_pushed_as_llama_to_a_branch_it_needs_no_code(in_process, tmp_path, monk
     files = repository.commit(repository.resolve("first"))["files"]
     assert not any(name.endswith(".py") for name in files)
     card = repository.blob(files["README.md"]["sha256"]).read_text()
-    assert 'AutoModelForCausalLM.from_pretrained("someone/llama")' in card
+    assert 'AutoModelForCausalLM.from_pretrained("someone/llama", revision="first")' in card
     assert "From tessera to llama; the logits differ by at most" in card and "trust_remote_code" not in card
     assert any(line.startswith("converted: tessera to llama") for line in lines)
     assert not list((tmp_path / "cache/tessera/push").iterdir()), "nothing is kept after success"
