@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 # What a header is told to be at most by the library.
@@ -122,15 +123,18 @@ def read_tensor(
     if shape:
         end = shape[dimension] if end is None else min(end, shape[dimension])
         shape[dimension] = max(0, end - begin)
+    if 0 in shape:
+        return torch.empty(shape, dtype=place.dtype)
     item = place.dtype.itemsize
-    data = torch.empty(math.prod(shape) * item, dtype=torch.uint8)
-    buffer = memoryview(data.numpy())
+    # NumPy asks the system for large pages, which are faster to come by than torch's.
+    memory = np.empty(math.prod(shape) * item, dtype=np.uint8)
+    data, buffer = torch.from_numpy(memory), memoryview(memory)
     # Contiguous runs of the file, `step` bytes apart.
     inner = math.prod(place.shape[dimension + 1 :]) * item if shape else item
     length = inner * (shape[dimension] if shape else 1)
     step = inner * (place.shape[dimension] if shape else 1)
-    runs = len(data) // length if length else 0
-    if runs and step == length:
+    runs = len(data) // length
+    if step == length:
         runs, length = 1, len(data)
     try:
         with place.file.open("rb", buffering=0) as stream:
