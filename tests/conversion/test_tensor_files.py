@@ -236,5 +236,5 @@ def test_a_flipped_bit_in_a_pt_file_is_found_by_its_checksum(tmp_path):
     data = bytearray((tmp_path / "a.pt").read_bytes())
     data[data.index(torch.ones(100).numpy().tobytes()) + 200] ^= 4
     (tmp_path / "a.pt").write_bytes(data)
-    with pytest.raises(ValueError, match="a.pt is damaged: the checksum of .*data/0 is another"):
+    with pytest.raises(ValueError, match="a.pt cannot be read: .*data/0 in it is damaged"):
         read_pt(tmp_path / "a.pt")
