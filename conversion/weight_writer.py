@@ -104,7 +104,7 @@ class WeightWriter:
             known = os.fstat(handle).st_size == size and os.pread(handle, len(start), 0) == start
             if not known:
                 os.ftruncate(handle, 0)
-                os.ftruncate(handle, size)
+                _reserve(handle, size)
                 os.pwrite(handle, start, 0)
         except OSError as error:
             raise self._refused(file, error) from error
@@ -159,6 +159,14 @@ class WeightWriter:
         if error.strerror is None:  # said already
             return error
         return OSError(f"{self._folder / file} cannot be written: {error.strerror}")
+
+
+def _reserve(handle: int, size: int) -> None:
+    """Gives a file its size, with blocks on disk: what is written into a hole takes several times as long."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, size)
+    else:
+        os.ftruncate(handle, size)
 
 
 def _start_writing_back(handle: int, begin: int, count: int) -> None:
