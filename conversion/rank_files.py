@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .fp8 import BLOCK, block_grid
-from .safetensors_format import read_metadata
+from .safetensors_format import read_metadata, same_bytes
 from .slices import AssembledSlice, Ranges, Slice, StoredSlice
 from .tensor_files import TensorFiles
 
@@ -94,15 +94,6 @@ def share_of(name: str, shape: tuple[int, ...], weight: tuple[int, ...], rank: i
     else:
         ranges[dimension] = (rank * share, (rank + 1) * share)
     return tuple(ranges)
-
-
-def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors are the same in type, shape and every bit."""
-    return (
-        one.dtype == other.dtype
-        and one.shape == other.shape
-        and torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
-    )
 
 
 def take_share(

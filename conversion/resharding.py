@@ -19,8 +19,9 @@ from .aside import claimed, keep, require_space
 from .checkpoints import Checkpoint
 from .journal import Journal
 from .native import check_world, open_slices, read_native_config
-from .rank_files import SCALE, WEIGHT, RankFiles, holds, rank_file, same_bytes, share_of
+from .rank_files import SCALE, WEIGHT, RankFiles, holds, rank_file, share_of
 from .rules import name_some
+from .safetensors_format import same_bytes
 from .slices import Ranges
 from .weight_writer import WeightWriter
 

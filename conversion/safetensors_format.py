@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
+
+from .buffers import Buffers
 
 # What a header is told to be at most by the library.
 _LONGEST_HEADER = 10**8
@@ -45,6 +46,7 @@ WORDS = {dtype: word for word, dtype in DTYPES.items()}
 # What transformers wants a file to say of itself.
 METADATA = {"format": "pt"}
 # The library's order of tensors in a file: the last of these first, and then by name.
+_BUFFERS = Buffers()
 _RANKS = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
 
 
@@ -126,8 +128,7 @@ def read_tensor(
     if 0 in shape:
         return torch.empty(shape, dtype=place.dtype)
     item = place.dtype.itemsize
-    # NumPy asks the system for large pages, which are faster to come by than torch's.
-    memory = np.empty(math.prod(shape) * item, dtype=np.uint8)
+    memory = _BUFFERS.take(math.prod(shape) * item)
     data, buffer = torch.from_numpy(memory), memoryview(memory)
     # Contiguous runs of the file, `step` bytes apart.
     inner = math.prod(place.shape[dimension + 1 :]) * item if shape else item
@@ -184,6 +185,20 @@ def lay_out(
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor's bytes in the order of a file; a view where that is possible."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same in type, shape and every bit: equal numbers may differ in sign."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    one, other = as_bytes(one), as_bytes(other)
+    # Eight at a time, and what is left.
+    whole = len(one) // 8 * 8
+    aligned = one.data_ptr() % 8 == other.data_ptr() % 8 == 0
+    kind = torch.int64 if aligned else torch.uint8
+    return torch.equal(one[:whole].view(kind), other[:whole].view(kind)) and torch.equal(
+        one[whole:], other[whole:]
+    )
 
 
 def _fill(stream, buffer: memoryview, place: Place, name: str) -> None:

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import torch
 import transformers
 from torch import nn
+from transformers.initialization import no_init_weights
 
 from tessera.modeling.configuration_tessera import TesseraConfig
 from tessera.modeling.modeling_tessera import TesseraForCausalLM
@@ -20,6 +21,7 @@ from tessera.modeling.modeling_tessera import TesseraForCausalLM
 from .checkpoints import Checkpoint
 from .fp8_checkpoints import load_dequantized
 from .rules import hold_predictions_ahead, model_shapes, name_some
+from .safetensors_format import same_bytes
 
 # Largest difference of two logits, as a share of the largest logit (or absolute, where all are below one).
 TOLERANCE = 1e-4
@@ -127,7 +129,7 @@ def require_same_weights(expected: Mapping[str, torch.Tensor], found: Mapping[st
     Raises:
         ValueError: naming those that differ.
     """
-    wrong = [name for name in expected if name not in found or not _same_bits(expected[name], found[name])]
+    wrong = [name for name in expected if name not in found or not same_bytes(expected[name], found[name])]
     if wrong or len(expected) != len(found):
         raise ValueError(f"{len(wrong)} tensors read back are not what was written ({name_some(wrong)})")
 
@@ -170,7 +172,10 @@ def assemble(
     config: TesseraConfig, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32
 ) -> TesseraForCausalLM:
     """A Tessera model in eval mode from its tensors."""
-    model = TesseraForCausalLM._from_config(hold_predictions_ahead(config), dtype=dtype)
+    # Every weight is one of the checkpoint's, so none is drawn.
+    with no_init_weights():
+        model = TesseraForCausalLM._from_config(hold_predictions_ahead(config), dtype=dtype)
+    model.tie_weights()
     state = model.state_dict()
     with torch.no_grad():
         for name in model_shapes(config):
@@ -212,10 +217,3 @@ def random_ids(config: TesseraConfig) -> list[torch.Tensor]:
         torch.randint(config.vocab_size, (2, length), generator=generator)
         for length in sorted({min(length, longest) for length in lengths})
     ]
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    # As bytes: equal numbers may differ in sign, and a NaN equals nothing.
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))

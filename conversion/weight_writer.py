@@ -96,15 +96,13 @@ class WeightWriter:
         if (self._folder / file).is_file():
             (self._folder / file).rename(unfinished)
         start, places = lay_out(tensors, unfinished, self._metadata)
-        size = max((place.end for place in places.values()), default=len(start))
         self._places[file], self._missing[file] = places, set(places)
         try:
             handle = os.open(unfinished, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
             self._handles[file] = handle
-            known = os.fstat(handle).st_size == size and os.pread(handle, len(start), 0) == start
+            known = os.pread(handle, len(start), 0) == start
             if not known:
                 os.ftruncate(handle, 0)
-                _reserve(handle, size)
                 os.pwrite(handle, start, 0)
         except OSError as error:
             raise self._refused(file, error) from error
@@ -159,14 +157,6 @@ class WeightWriter:
         if error.strerror is None:  # said already
             return error
         return OSError(f"{self._folder / file} cannot be written: {error.strerror}")
-
-
-def _reserve(handle: int, size: int) -> None:
-    """Gives a file its size, with blocks on disk: what is written into a hole takes several times as long."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(handle, 0, size)
-    else:
-        os.ftruncate(handle, size)
 
 
 def _start_writing_back(handle: int, begin: int, count: int) -> None:
