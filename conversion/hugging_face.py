@@ -43,7 +43,8 @@ def open_source(folder: Path) -> Checkpoint:
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
             f"{folder / 'config.json'} is of model type {model_type!r}; known are tessera, "
-            f"{', '.join(FAMILIES)}, the native layout and nanochat's own checkpoints"
+            f"{', '.join(FAMILIES)}; and, known by other files, the native layout, nanochat's and Meta's own "
+            "checkpoints, and llama2.c's"
         )
     family = FAMILIES[model_type]
     values, in_fp8 = split_off_quantization(values)
