@@ -17,9 +17,10 @@ from tessera.modeling.configuration_tessera import TesseraConfig
 from .families import Family
 from .fp8_checkpoints import BlockScaled
 
-# What comes with weights, to be taken along as it is.
+# What comes with weights, to be taken along as it is: names in full, of files and never of folders.
 SIDE_FILES = re.compile(
-    r"tokenizer.*\.(json|model)|chat_template\.(jinja|json)|special_tokens_map\.json|added_tokens\.json"
+    r"tokenizer\.(json|model)|tokenizer_(config|meta)\.json|chat_template\.(jinja|json)"
+    r"|special_tokens_map\.json|added_tokens\.json"
     r"|vocab\.(json|txt)|merges\.txt|spiece\.model|tekken\.json|generation_config\.json"
 )
 
