@@ -15,7 +15,7 @@ from tessera.data.journal import sync_folder
 
 from . import journal
 
-_LOCK = "lock"
+LOCK = "lock"
 # Configuration, index and report, which are small and written last; and what a file system takes for itself.
 _RESERVE = 2**20
 
@@ -36,7 +36,7 @@ def claimed(target: Path) -> Iterator[Path]:
     aside = place_aside(target)
     made = [folder for folder in aside.parents if not folder.exists()]
     aside.mkdir(parents=True, exist_ok=True)
-    with (aside / _LOCK).open("w") as lock:
+    with (aside / LOCK).open("w") as lock:
         _lock(lock, aside)
         try:
             yield aside
@@ -50,7 +50,7 @@ def claimed(target: Path) -> Iterator[Path]:
 
 def keep(aside: Path, target: Path) -> None:
     """Gives the directory aside the target's name, once everything in it is on disk."""
-    for name in (journal.NAME, _LOCK):
+    for name in (journal.NAME, LOCK):
         (aside / name).unlink(missing_ok=True)
     for file in aside.iterdir():
         if file.is_file():
@@ -115,5 +115,5 @@ def _lock(lock, aside: Path) -> None:
     except OSError as error:
         raise ValueError(f"another process is writing {aside}; wait for it, or end it") from error
     # It may have ended, and taken its directory with it, just before.
-    if not (aside / _LOCK).exists() or not os.path.samestat(os.fstat(lock.fileno()), (aside / _LOCK).stat()):
+    if not (aside / LOCK).exists() or not os.path.samestat(os.fstat(lock.fileno()), (aside / LOCK).stat()):
         raise ValueError(f"another process has just written {aside}; look at its result")

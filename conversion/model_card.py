@@ -3,6 +3,7 @@
 What belongs here: from a configuration and the files of a run to the page. Only what the files say is on it.
 """
 
+import hashlib
 import re
 import shutil
 from collections.abc import Callable
@@ -25,10 +26,22 @@ from .report import REPORT
 CURVE = "loss.png"
 # What Tessera tells of a tokenizer that it trained.
 NOTES = "tokenizer_meta.json"
-# Of a recipe: where data and starting weights come from, and what says nothing of the result.
+# Of a recipe: where data and starting weights come from, which of the data may be the Hub's, and what says
+# nothing of the result.
 _DATA = ("data_file", "data", "dataset")
+_DATASETS = ("data", "dataset")
 _STARTS = ("model", "ckpt_path")
+# Ends a card that was written here, with the hash of what is before it: if that is another, somebody has
+# changed it.
+_MARK = re.compile(r"\n<!-- written by tessera push, ([0-9a-f]{64}) -->\n\Z")
+# Text that is one path, and paths in other text that are no part of an address.
+_PATH = re.compile(r"(/|~|\.\.?/|[A-Za-z]:[\\/])(?!.*\s[/~])")
+_PATH_IN_TEXT = re.compile(r"(?<![\w./:])(?:~|[A-Za-z]:)?(?:/[\w.@+-]+)+/?")
+# Sections of such a card that a later release of the model, without the run, has from an earlier one.
+_LASTING = ("Training", "Evaluation", "Conversion")
 _LOCAL = ("save_path", "eval_data", "sample_prompt", "sample_tokens", "tokenizer", "resume")
+# Of a record.
+_NUMBERS = {"step", "tokens", "seconds", "loss", "val_loss", "val_bits_per_byte"}
 # What post-training records beside losses by tokens: key in `metrics.jsonl` -> what it is called.
 _MEASURES = {
     "loss": "loss",
@@ -53,8 +66,11 @@ def write_model_card(
     converted: str | None = None,
     notes: list[str] | None = None,
     on_hub: Callable[[str, str], bool] = lambda name, kind: False,
-) -> None:
+) -> list[str]:
     """Writes `README.md`, and the curve that it shows. A README.md beside the model is taken as it is.
+
+    One that was written here for an earlier release, and that nobody has changed, is written anew; what it
+    says of training, evaluation, conversion and license stays.
 
     Args:
         folder: of the release, with its weights, and its tokenizer if it has one.
@@ -72,30 +88,40 @@ def write_model_card(
         on_hub: whether a name that the recipe gives is a `model` or `dataset` there. Paths are not on the
             card: they are of one machine only.
 
+    Returns:
+        What to say of the card, in sentences.
+
     Raises:
         ValueError: if a file of the run or somebody's README.md cannot be read.
     """
     model = model or folder
     places = [place / "README.md" for place in (model, run) if place is not None]
-    if written := next((card for card in places if card.is_file()), None):
+    written = next((card for card in places if card.is_file()), None)
+    if written is not None and (written.parent / CURVE).is_file() and not (folder / CURVE).exists():
+        shutil.copyfile(written.parent / CURVE, folder / CURVE)
+    if written is not None and not _is_ours(written):
         _take_card(written, folder / "README.md", license)
-        if (written.parent / CURVE).is_file() and not (folder / CURVE).exists():
-            shutil.copyfile(written.parent / CURVE, folder / CURVE)
-        return
+        stays = f"the card is {written} as it is, which says nothing of the conversion"
+        return [] if converted is None else [stays]
+    earlier, sections_before = _read_own(written)
     recipe = _read_recipe(run)
     records = _read_records(run, step)
     remote = model_type == "tessera"
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        license=license,
+        license=license or earlier.get("license"),
         tags=[
             "tessera",
             *(["custom_code"] if remote else []),
             *(["conversational"] if (folder / "chat_template.jinja").is_file() else []),
         ],
-        datasets=[name for name in _named(recipe, _DATA) if on_hub(name, "dataset")] or None,
-        base_model=next((name for name in _named(recipe, _STARTS) if on_hub(name, "model")), None),
+        datasets=[name for name in _named(recipe, _DATASETS, run) if on_hub(name, "dataset")]
+        or earlier.get("datasets"),
+        base_model=next(
+            (name for name in _named(recipe, _STARTS, run) if on_hub(name, "model")),
+            earlier.get("base_model"),
+        ),
     )
     sections = [
         f"# {repo_id.split('/')[-1]}",
@@ -109,17 +135,40 @@ def write_model_card(
     training = [_table(rows) for rows in tables if rows]
     if draw(records, folder / CURVE, repo_id):
         training.append(f"![The course of the training]({CURVE})")
-    if training:
-        sections += ["## Training", *training]
-    if scores := _read_scores(run, model):
-        sections += ["## Evaluation"]
-        if converted is not None:
-            sections.append("Measured before the conversion of which is told below.")
-        sections.append(f"```text\n{scores}\n```")
-    if conversion := _describe_conversion(weights or model, converted, notes or []):
-        sections += ["## Conversion", *conversion]
+    scores = _read_scores(run, model)
+    evaluation = [f"```text\n{scores}\n```"] if scores else sections_before.get("Evaluation", [])
+    before = "Measured before the conversion of which is told below."
+    if evaluation and converted is not None and before not in evaluation:
+        evaluation = [before, *evaluation]
+    conversion = _describe_conversion(weights or model, converted, notes or [])
+    for name, told in (
+        ("Training", training or sections_before.get("Training")),
+        ("Evaluation", evaluation),
+        ("Conversion", [*sections_before.get("Conversion", []), *conversion]),
+    ):
+        if told:
+            sections += [f"## {name}", *told]
     text = f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"
-    ModelCard(text).save(folder / "README.md")
+    hashed = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "README.md").write_bytes(f"{text}\n<!-- written by tessera push, {hashed} -->\n".encode())
+    return []
+
+
+def _is_ours(card: Path) -> bool:
+    """Whether a card was written here, and nobody has changed it since."""
+    content = card.read_bytes().replace(b"\r\n", b"\n")
+    mark = _MARK.search(content.decode("utf-8", errors="replace"))
+    return mark is not None and hashlib.sha256(content[: -len(mark[0])]).hexdigest() == mark[1]
+
+
+def _read_own(card: Path | None) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """Of a card that was written here: what heads it, and the sections that last."""
+    if card is None:
+        return {}, {}
+    text = _MARK.sub("", card.read_text(encoding="utf-8"))
+    parts = [part.strip().split("\n\n") for part in text.split("\n## ")[1:]]
+    sections = {heading: told for heading, *told in parts if heading in _LASTING}
+    return ModelCard(text).data.to_dict(), sections
 
 
 def draw(records: list[dict], path: Path, title: str) -> bool:
@@ -297,6 +346,10 @@ def _read_records(run: Path | None, step: int | None) -> list[dict]:
     if file is None or not file.is_file():
         return []
     records = [record for record in read_metrics(file) if isinstance(record, dict) and "step" in record]
+    for record in records:
+        for key in record.keys() & _NUMBERS:
+            if not isinstance(value := record[key], int | float):
+                raise ValueError(f"{file} has a record whose {key} is {value!r}, which is no number")
     return [record for record in records if step is None or record["step"] <= step]
 
 
@@ -317,14 +370,37 @@ def _read_scores(run: Path | None, model: Path) -> str | None:
         raise ValueError(f"{file} is no report of `tessera eval`: it lacks {error}; measure again") from error
 
 
+def names_only(value: Any, relative: bool = False) -> Any:
+    """A value of a recipe or of notes, with names where it has paths; other text stays as it is.
+
+    Args:
+        value: of JSON or YAML.
+        relative: whether `a/b` alone is a path too, and no name on the Hub.
+    """
+    if isinstance(value, dict):
+        return {names_only(key, relative): names_only(part, relative) for key, part in value.items()}
+    if isinstance(value, list):
+        return [names_only(part, relative) for part in value]
+    if not isinstance(value, str):
+        return value
+    if _PATH.match(value) or (relative and re.fullmatch(r"[^\s:/]+/\S*", value)):
+        return re.split(r"[\\/]", value.rstrip("/\\"))[-1]
+    return _PATH_IN_TEXT.sub(lambda found: found[0].rstrip("/").rpartition("/")[2], value)
+
+
 def _without_folders(value: Any) -> Any:
     if isinstance(value, list):
         return ", ".join(str(_without_folders(part)) for part in value)
-    return Path(value).name if isinstance(value, str) else value
+    return names_only(value, relative=True)
 
 
-def _named(recipe: dict[str, Any], keys: tuple[str, ...]) -> list[str]:
-    """Values that have the form of a name on the Hub, and are no path here."""
+def _named(recipe: dict[str, Any], keys: tuple[str, ...], run: Path | None) -> list[str]:
+    """Values that have the form of a name on the Hub, and are no path here or where the run was started."""
     values = [value for key in keys if isinstance(value := recipe.get(key), str)]
     name = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-    return [value for value in values if name.fullmatch(value) and not Path(value).exists()]
+    folders = [Path(), *([] if run is None else [run, *run.absolute().parents])]
+    return [
+        value
+        for value in values
+        if name.fullmatch(value) and not any((folder / value).exists() for folder in folders)
+    ]

@@ -10,28 +10,38 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
+import tessera
 from tessera import modeling
 from tessera.modeling.loading import read_json
 
+from .aside import LOCK, claimed, keep
 from .checkpoints import Checkpoint
 from .convert import convert
 from .families import FAMILIES
-from .model_card import write_model_card
+from .model_card import NOTES, names_only, write_model_card
 from .sources import open_checkpoint
+from .targets import require_dtype
 from .tensor_files import INDEX, SINGLE_FILE
 from .verify import TOLERANCE, build_model
 
 # What older versions of transformers wrote into configurations.
 _PATHS = {"_name_or_path", "name_or_path", "special_tokens_map_file", "tokenizer_file"}
+# Code that a family's model is loaded with elsewhere, and a release of it without.
+_CODE = {"auto_map"}
+# Conversions that no further attempt has asked for in so long, in seconds, are removed: a week.
+_KEPT_FOR = 7 * 24 * 3600
 # From this size on the Hub keeps a file apart from git's history, and tensors of any size: its own rule.
 _LARGE_FILE = 10 << 20
 
@@ -89,6 +99,7 @@ class Origin:
         step: of an unfinished run, whose checkpoint it is; None for a finished one or for none.
         converted: kind and dtype that it was converted from and to for the release, if it was.
         kept: what the conversion left behind for a further attempt, to remove after success.
+        was_kept: whether an earlier attempt had left it.
         notes: what was left out of the weights, in sentences.
     """
 
@@ -97,14 +108,17 @@ class Origin:
     step: int | None = None
     converted: str | None = None
     kept: Path | None = None
+    was_kept: bool = False
     notes: list[str] = field(default_factory=list)
 
 
-def find_origin(model: str | Path, family: str | None = None, dtype: str | None = None) -> tuple:
+def find_origin(
+    model: str | Path, family: str | None = None, dtype: str | None = None
+) -> tuple[Checkpoint, Origin]:
     """Opens the model that shall be released, converted first if another kind or dtype is asked for.
 
     A conversion is kept under `$HF_HOME/tessera/push` until `discard` is called, so that a further attempt
-    after a lost connection does not begin with it.
+    after a lost connection does not begin with it; for a week, if there is none.
 
     Args:
         model: model directory, or a run's.
@@ -123,12 +137,19 @@ def find_origin(model: str | Path, family: str | None = None, dtype: str | None 
     run = find_run(model)
     step = None
     if run is not None and checkpoint.folder.parent.name == "checkpoints":
-        step = int(checkpoint.folder.name.rpartition("-")[2])
+        step = _step_of(checkpoint.folder)
+    if dtype is not None:
+        require_dtype(dtype, family or checkpoint.kind)
     if family in (None, checkpoint.kind) and dtype is None:
         return checkpoint, Origin(checkpoint.folder, run, step, notes=list(checkpoint.notes))
     place = _place_of_conversion(checkpoint.folder, family, dtype)
+    _remove_old(place)
     told = place.with_suffix(".json")
-    if not (place.is_dir() and told.is_file()):
+    was_kept = place.is_dir() and told.is_file()
+    if was_kept:
+        place.touch()
+        told.touch()
+    else:
         shutil.rmtree(place, ignore_errors=True)
         place.parent.mkdir(parents=True, exist_ok=True)
         done = convert(checkpoint.folder, place, to=family or checkpoint.kind, dtype=dtype)
@@ -137,7 +158,7 @@ def find_origin(model: str | Path, family: str | None = None, dtype: str | None 
         about = {"what": f"{words}; the logits differ by at most {difference}", "notes": done.notes}
         told.write_text(json.dumps(about), encoding="utf-8")
     about = read_json(told)
-    origin = Origin(checkpoint.folder, run, step, about["what"], place, about["notes"])
+    origin = Origin(checkpoint.folder, run, step, about["what"], place, was_kept, about["notes"])
     return open_checkpoint(place), origin
 
 
@@ -157,7 +178,7 @@ def build_release(
     revision: str | None = None,
     license: str | None = None,
     on_hub: Callable[[str, str], bool] = lambda name, kind: False,
-) -> None:
+) -> list[str]:
     """Fills an empty directory with everything that others need. Weights are links to where they are.
 
     Args:
@@ -169,8 +190,12 @@ def build_release(
         license: identifier for the card.
         on_hub: whether a name is a `model` or `dataset` there.
 
+    Returns:
+        What to say of it, in sentences.
+
     Raises:
-        ValueError: if the checkpoint is of a kind that transformers does not load.
+        ValueError: if the checkpoint is of a kind that transformers does not load, or a file beside the
+            weights cannot be read.
     """
     if checkpoint.kind not in ("tessera", getattr(checkpoint.family, "model_type", None)):
         raise ValueError(
@@ -180,13 +205,14 @@ def build_release(
     for file in _weight_files(checkpoint.folder):
         _link_or_copy(file, folder / file.name)
     for file in checkpoint.side_files:
-        _copy_without_paths(file, folder / file.name)
+        _copy_side_file(file, folder / file.name)
     if checkpoint.family is None:
         config = checkpoint.config
         config.architectures = ["TesseraForCausalLM"]
         config.save_pretrained(folder)
     else:
-        _copy_without_paths(checkpoint.folder / "config.json", folder / "config.json")
+        values = read_json(checkpoint.folder / "config.json")
+        _write_json(folder / "config.json", _without(values, _PATHS | _CODE))
     if not (folder / "generation_config.json").is_file():
         GenerationConfig.from_model_config(checkpoint.config).save_pretrained(folder)
     if not (folder / "tokenizer_config.json").is_file() and checkpoint.config.vocab_size == 256:
@@ -194,7 +220,7 @@ def build_release(
 
         build_byte_tokenizer().save_pretrained(folder)
     origin = origin or Origin(checkpoint.folder)
-    write_model_card(
+    return write_model_card(
         folder,
         repo_id,
         checkpoint.config,
@@ -278,13 +304,15 @@ def check_release(checkpoint: Checkpoint, folder: Path, scratch: Path) -> None:
 
 def write_release(folder: Path, target: Path) -> None:
     """Puts a release into a directory of its own, where links become files; there whole or not at all."""
-    aside = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        shutil.copytree(folder, aside)
-        aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    target = target.absolute()
+    with claimed(target) as aside:
+        # What a call that was killed has left there.
+        for file in aside.iterdir():
+            if file.name != LOCK:
+                shutil.rmtree(file) if file.is_dir() else file.unlink()
+        for file in folder.iterdir():
+            shutil.copyfile(file, aside / file.name)
+        keep(aside, target)
 
 
 def find_run(model: str | Path) -> Path | None:
@@ -303,8 +331,29 @@ def _place_of_conversion(model: Path, family: str | None, dtype: str | None) -> 
     """Where the conversion of just these files is kept; files that change make it another."""
     files = [model] if model.is_file() else sorted(path for path in model.rglob("*") if path.is_file())
     state = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    key = hashlib.sha256(repr((str(model.resolve()), family, dtype, state)).encode()).hexdigest()[:16]
+    made_by = tessera.__version__, transformers.__version__
+    told = repr((str(model.resolve()), family, dtype, state, made_by))
+    key = hashlib.sha256(told.encode()).hexdigest()[:16]
     return Path(constants.HF_HOME) / "tessera" / "push" / key
+
+
+def _remove_old(place: Path) -> None:
+    """Removes conversions beside this one that nobody has come back for."""
+    now = time.time()
+    for path in place.parent.iterdir() if place.parent.is_dir() else ():
+        is_this = path.name.removeprefix(".").startswith(place.name)
+        if not is_this and now - path.stat().st_mtime > _KEPT_FOR:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    step = checkpoint.name.rpartition("-")[2]
+    if not step.isdecimal():
+        raise ValueError(
+            f"{checkpoint}: of a checkpoint the name says its step, as in step-000040; rename it, or put it "
+            "outside of checkpoints/"
+        )
+    return int(step)
 
 
 def _purpose(name: str) -> str:
@@ -330,14 +379,34 @@ def _weight_files(folder: Path) -> list[Path]:
     return [index, *(folder / name for name in sorted(set(places.values())))]
 
 
-def _copy_without_paths(source: Path, target: Path) -> None:
-    """Copies a file; of a JSON configuration, not where its parts once lay on somebody's machine."""
-    values = read_json(source) if source.name in ("config.json", "tokenizer_config.json") else {}
-    if not values.keys() & _PATHS:
+def _copy_side_file(source: Path, target: Path) -> None:
+    """Copies a file that can be read, without paths of somebody's machine and names of code."""
+    values = read_json(source) if source.suffix == ".json" else {}
+    changed = values
+    if source.name == "tokenizer_config.json":
+        changed = _without(values, _PATHS | _CODE)
+    elif source.name == NOTES:
+        changed = names_only(values)
+    elif source.name == "generation_config.json":
+        # transformers goes on without one that is damaged.
+        try:
+            GenerationConfig.from_dict(values)
+        except (AttributeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{source} does not say how to generate: {reason}") from error
+        changed = _without(values, _PATHS)
+    if changed == values:
         shutil.copyfile(source, target)
-        return
-    kept = {key: value for key, value in values.items() if key not in _PATHS}
-    target.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    else:
+        _write_json(target, changed)
+
+
+def _without(values: dict[str, Any], keys: set[str]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in keys}
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

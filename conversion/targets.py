@@ -195,3 +195,26 @@ TARGETS = {
         ),
     )
 }
+
+
+def require_dtype(dtype: str, kind: str | None) -> None:
+    """Checks that weights can be rounded to a dtype, before anything is done for it.
+
+    Args:
+        dtype: as `--dtype` has it.
+        kind: target; None for one that is not known yet.
+
+    Raises:
+        ValueError: if they cannot.
+    """
+    target = None if kind is None else TARGETS.get(kind)
+    plain = ("float32", "bfloat16", "float16")
+    if target is None:
+        some = [name for name, each in TARGETS.items() if each.fp8 is not None]
+        if dtype not in (*plain, "fp8"):
+            told = f"{', '.join(plain)}, and fp8 for {', '.join(some)}"
+            raise ValueError(f"--dtype {dtype}: choose from {told}")
+        return
+    choices = target.dtypes or (plain if target.fp8 is None else (*plain, "fp8"))
+    if dtype not in choices:
+        raise ValueError(f"--dtype {dtype} for {kind}: choose from {', '.join(choices)}")

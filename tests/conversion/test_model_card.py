@@ -28,6 +28,10 @@ def make_run(folder: Path, preset: str = "llama-tiny", records: list[dict] | Non
     build_byte_tokenizer().save_pretrained(folder / "final")
     recipe = {"config": "/srv/me/tiny.json", "data_file": ["/srv/me/books.txt:0.7", "/srv/me/web:0.3"]}
     recipe |= {"steps": 7, "save_path": "/x/run", "optimizer": "muon"}
+    recipe |= {
+        "optimizer_options": {"path": "/srv/me/secret", "lr": 1},
+        "note": "see /srv/me/notes and /srv/me/k",
+    }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "config.json").write_text("{}")
     if records is not None:
@@ -41,12 +45,14 @@ def write_scores(run: Path, sha256: str) -> None:
     write_report(report, run / "eval.json")
 
 
-def release(model: Path, folder: Path, on_hub=lambda name, kind: False, **options) -> str:
+def release(
+    model: Path, folder: Path, on_hub=lambda name, kind: False, repo_id="someone/it", **options
+) -> str:
     """The card of a model's release."""
     folder.mkdir()
     license, family = options.get("license"), options.get("family")
     checkpoint, origin = find_origin(model, family, options.get("dtype"))
-    build_release(checkpoint, folder, "someone/it", origin=origin, license=license, on_hub=on_hub)
+    build_release(checkpoint, folder, repo_id, origin=origin, license=license, on_hub=on_hub)
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
@@ -72,6 +78,8 @@ def test_the_card_says_what_the_run_says(tmp_path):
     assert f"{parameters:,} parameters" in text and "latent" in text
     for row in ("steps | 7", "optimizer | muon", "config | tiny.json", "data_file | books.txt:0.7, web:0.3"):
         assert f"| {row} |" in text
+    assert "| optimizer_options | {'lr': 1, 'path': 'secret'} |" in text
+    assert "| note | see notes and k |" in text
     for row in (
         "tokens seen | 6,000",
         "steps done | 60",
@@ -114,7 +122,36 @@ def test_of_an_unfinished_run_its_checkpoint_goes_and_the_card_says_so(tmp_path)
     text = release(run, tmp_path / "release")
     assert "A checkpoint of step 40 of a run that goes on." in text
     assert "| steps done | 40 |" in text and "| tokens seen | 4,000 |" in text
+    checkpoint.rename(checkpoint.with_name("best"))
+    with pytest.raises(ValueError, match="checkpoints/best: of a checkpoint the name says its step"):
+        find_origin(checkpoint.with_name("best"))
     assert not {"optimizer.safetensors", "manifest.json"} & {p.name for p in (tmp_path / "release").iterdir()}
+
+
+def test_a_record_that_is_no_number_is_told_with_its_file(tmp_path):
+    run = make_run(tmp_path / "run", records=[{"step": 1, "tokens": "many"}])
+    with pytest.raises(ValueError, match="metrics.jsonl has a record whose tokens is 'many'"):
+        release(run, tmp_path / "release")
+
+
+def test_a_card_that_was_written_here_is_written_anew_and_keeps_what_lasts(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
+    first = release(make_run(tmp_path / "run", records=records()), tmp_path / "first", license="mit")
+    assert "trust_remote_code=True" in first
+    text = release(tmp_path / "first", tmp_path / "second", family="llama", repo_id="other/b")
+    assert text.count("# b\n") == 1 and '"other/b"' in text and "someone/it" not in text
+    assert "trust_remote_code" not in text and "custom_code" not in text
+    assert "| optimizer | muon |" in text and ModelCard(text).data.license == "mit"
+    assert text.count("## Training") == 1 and "From tessera to llama" in text
+    assert (tmp_path / "second/loss.png").read_bytes() == (tmp_path / "first/loss.png").read_bytes()
+    # Somebody's words in it make it somebody's.
+    own = first.replace("## Use", "Mine.\n\n## Use")
+    (tmp_path / "first/README.md").write_text(own)
+    checkpoint, origin = find_origin(tmp_path / "first", "llama")
+    (tmp_path / "third").mkdir()
+    told = build_release(checkpoint, tmp_path / "third", "other/b", origin=origin)
+    assert (tmp_path / "third/README.md").read_text() == own
+    assert told == [f"the card is {tmp_path}/first/README.md as it is, which says nothing of the conversion"]
 
 
 def test_what_the_hub_has_is_linked(tmp_path):
@@ -125,6 +162,9 @@ def test_what_the_hub_has_is_linked(tmp_path):
     text = release(run, tmp_path / "release", on_hub=lambda name, kind: (name, kind) in there)
     head = ModelCard(text).data
     assert (head.base_model, head.datasets) == ("someone/base", ["someone/chats"])
+    (tmp_path / "someone/chats").mkdir(parents=True)
+    head = ModelCard(release(run, tmp_path / "folder", on_hub=lambda *_: True)).data
+    assert (head.base_model, head.datasets) == ("someone/base", None), "a folder where the run was started"
     head = ModelCard(release(run, tmp_path / "again")).data
     assert (head.base_model, head.datasets) == (None, None)
 

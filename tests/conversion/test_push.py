@@ -18,6 +18,7 @@ from transformers import GenerationConfig
 
 from tessera import build_byte_tokenizer
 from tessera.conversion import push as pushing
+from tessera.conversion.aside import claimed
 from tessera.conversion.convert import convert
 from tessera.conversion.push import push
 from tessera.conversion.release import build_release, check_release
@@ -144,12 +145,35 @@ def test_no_path_of_this_machine_travels_in_a_configuration(tmp_path):
     convert(tmp_path / "ours", tmp_path / "llama", to="llama")
     for name, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "special_tokens_map_file")):
         file = tmp_path / "llama" / name
-        file.write_text(json.dumps({**json.loads(file.read_text()), key: "/srv/me/é"}))
+        code = {"auto_map": {"AutoModelForCausalLM": "someone/else--code.Model"}}
+        file.write_text(json.dumps({**json.loads(file.read_text()), key: "/srv/me/é", **code}))
+    notes = {"type": "bpe", "source": ["/srv/me/books.txt", "someone/corpus"], "data": {"path": "/srv/me/x"}}
+    (tmp_path / "llama/tokenizer_meta.json").write_text(json.dumps(notes))
+    (tmp_path / "llama/tokenizer_private_corpus.json").write_text("{}")
     release = release_folder(tmp_path / "release")
     build_release(open_checkpoint(tmp_path / "llama"), release, "someone/it")
     for name in ("config.json", "tokenizer_config.json"):
         assert "/srv/me" not in (release / name).read_text()
+        assert "auto_map" not in (release / name).read_text(), "of a release that needs no code"
+    expected = {"type": "bpe", "source": ["books.txt", "someone/corpus"], "data": {"path": "x"}}
+    assert json.loads((release / "tokenizer_meta.json").read_text()) == expected
+    assert not (release / "tokenizer_private_corpus.json").exists()
     assert json.loads((release / "config.json").read_text())["model_type"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("generation_config.json", "{", "ours/generation_config.json is not JSON"),
+        ("generation_config.json", '{"max_new_tokens": -1}', "ours/generation_config.json does not say how"),
+        ("tokenizer_meta.json", "[]", "ours/tokenizer_meta.json must hold a JSON object"),
+    ],
+)
+def test_a_damaged_file_beside_the_weights_is_named(name, content, sentence, tmp_path):
+    save_model(tmp_path / "ours", "llama-tiny")
+    (tmp_path / "ours" / name).write_text(content)
+    with pytest.raises(ValueError, match=sentence):
+        build_release(open_checkpoint(tmp_path / "ours"), release_folder(tmp_path / "release"), "someone/it")
 
 
 def test_the_release_is_complete(tmp_path):
@@ -180,10 +204,14 @@ def test_the_release_can_be_written_instead_of_sent_and_no_hub_is_asked(tmp_path
     tiny_model("llama-tiny").save_pretrained(tmp_path / "ours")
     # What an earlier one left when it was killed.
     (tmp_path / ".dry.partial").mkdir()
+    (tmp_path / ".dry.partial/old.txt").write_text("old")
+    with claimed(tmp_path / "dry"), pytest.raises(ValueError, match="another process is writing"):
+        push(tmp_path / "ours", "someone/dry", output=tmp_path / "dry")
     place = push(tmp_path / "ours", "someone/dry", output=tmp_path / "dry")
     assert place == str(tmp_path / "dry")
     assert (tmp_path / "dry/tokenizer.json").is_file()
     assert not any(path.is_symlink() for path in (tmp_path / "dry").iterdir())
+    assert not {"old.txt", "lock"} & {path.name for path in (tmp_path / "dry").iterdir()}
     with pytest.raises(ValueError, match="is there already"):
         push(tmp_path / "ours", "someone/dry", output=tmp_path / "dry")
 
