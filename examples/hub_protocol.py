@@ -228,7 +228,10 @@ class Handler(Contents, BaseHTTPRequestHandler):
     def _whoami(self) -> None:
         if self.account is None:
             raise Refused(401, "Invalid username or password.")
-        token = {"displayName": "local", "role": "write" if self.account.may_write else "read"}
+        role = "write" if self.account.may_write else "read"
+        # What is everybody's cannot be listed; no role of the Hub's own then, whose owners could be counted.
+        role = "admin" if self.account.organisations is None and self.account.may_write else role
+        token = {"displayName": "local", "role": role}
         name = self.account.name
         orgs = [{"type": "org", "id": org, "name": org} for org in self.account.organisations or ()]
         self._reply({"type": "user", "id": name, "name": name, "orgs": orgs, "auth": {"accessToken": token}})

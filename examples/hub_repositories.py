@@ -15,6 +15,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+# What git takes in no name of a reference (`git check-ref-format`).
+NO_REF = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/[.-]|[/.]$|\.lock(/|$)")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MAIN = "refs/heads/main"
 
@@ -94,6 +96,8 @@ class Repository:
     def add_ref(self, ref: str, revision: str) -> None:
         """Makes a branch or a tag."""
         about = self.about
+        if NO_REF.search(ref) or re.match(r"refs/\w+/refs/", ref):
+            raise Refused(400, f"Invalid reference name: {ref}")
         if ref in about["refs"]:
             raise Refused(409, f"Reference already exists: {ref}")
         about["refs"][ref] = self.resolve(revision)

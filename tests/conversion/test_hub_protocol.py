@@ -194,6 +194,8 @@ def test_each_token_may_do_what_it_may(client, repo, tmp_path):
         (lambda: client("hf_other").hf_hub_download(private, "x", cache_dir=tmp_path), Exception, "404"),
         (lambda: client("hf_other").delete_repo(private), RepositoryNotFoundError, "404"),
         (lambda: ours.create_repo(private), HfHubHTTPError, "409"),
+        (lambda: ours.create_branch(repo, branch="bad name"), HfHubHTTPError, "Invalid reference name"),
+        (lambda: ours.create_branch(repo, branch="refs/pr/1"), HfHubHTTPError, "Invalid reference name"),
     ):
         with pytest.raises(error, match=words):
             call()
