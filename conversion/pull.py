@@ -8,22 +8,21 @@ import glob
 import json
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 
-from tessera.data.hub_errors import why_refused
 from tessera.modeling.accounting import count_costs
 from tessera.modeling.loading import read_json
 
 from .convert import convert
 from .families import FAMILIES
-from .push import content_hash, format_size
+from .hub_files import ask, content_hash, format_size, require_repo_id, require_revision
+from .report import Report
 from .sources import open_checkpoint
-from .targets import TARGETS
+from .targets import TARGETS, require_dtype
+from .tensor_files import INDEX, SINGLE_FILE
 
 # What a model consists of: at the top of the repository, and nothing that is unpickled.
 _WANTED = re.compile(r"[^/]+\.(safetensors|json|jinja|py|md|txt|model|png|tiktoken)|LICENSE")
@@ -85,26 +84,37 @@ def pull(
         ValueError: if the Hub does not give it or is not reached, what came is not what the Hub announced, or
             no model that Tessera knows; or if it cannot be converted.
     """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} cannot be a name on the Hub: {error}") from error
-    target = Path(folder if folder is not None else repo_id.split("/")[-1]).absolute()
+    require_repo_id(repo_id)
+    require_revision(revision)
+    target = Path(folder if folder is not None else repo_id.split("/")[-1]).resolve()
+    if target == Path.cwd():
+        raise ValueError(f"{target} is the current directory, which cannot be replaced; name a new one")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is there already and not empty; choose another directory")
     if to is not None and to not in TARGETS:
         raise ValueError(f"--to {to}: known targets are {', '.join(TARGETS)}")
+    if dtype is not None:
+        require_dtype(dtype, to)
     aside = target.with_name(f".{target.name}.download")
+    was_there = aside.is_dir()
     commit, entries = _list(repo_id, revision)
     wanted = {path: entry for path, entry in entries.items() if _WANTED.fullmatch(path)}
     _require_model(repo_id, wanted, entries)
-    size = sum(entry.size for entry in wanted.values())
-    _require_space(repo_id, aside, size)
 
-    # The small files first: they tell whether the weights are wanted.
-    small = [path for path in wanted if not path.endswith(_WEIGHTS)]
-    _download(repo_id, commit, aside, small)
+    # The small files first: they tell whether the weights are wanted, and which.
+    small = {path: entry for path, entry in wanted.items() if not path.endswith(_WEIGHTS)}
+    _require_space(repo_id, aside, sum(entry.size for entry in small.values()))
+    _download(repo_id, commit, aside, list(small))
     _require_known(repo_id, aside)
+    weights = _named_weights(aside, wanted)
+    wanted = {path: entry for path, entry in wanted.items() if path in small or path in weights}
+    size = sum(entry.size for entry in wanted.values())
+    try:
+        _require_space(repo_id, aside, size)
+    except ValueError:
+        if not was_there:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
     _download(repo_id, commit, aside, list(wanted))
     _compare(repo_id, aside, wanted)
     for left in aside.iterdir():
@@ -117,6 +127,7 @@ def pull(
         reason = str(error).replace(f"{aside}/", "").replace(str(aside), repo_id)
         raise ValueError(f"what {repo_id} holds is no model that can be opened: {reason}") from error
     kind, notes = checkpoint.kind, list(checkpoint.notes)
+    has_tokenizer, has_template = _has_tokenizer(aside), _has_template(aside)
     costs = count_costs(checkpoint.config)
     if (to is not None and to != kind) or dtype is not None:
         try:
@@ -125,6 +136,10 @@ def pull(
             raise ValueError(f"{error}; the model as it came is in {aside}, for another --to") from error
         notes = [*done.notes, f"converted from {kind} to {to or kind}" + (f" in {dtype}" if dtype else "")]
         kind = to or kind
+        if target.is_dir():
+            _complete(repo_id, aside, target, done.report)
+        if TARGETS[kind].suffix is None:  # else they are in the one file
+            has_tokenizer, has_template = _has_tokenizer(target), _has_template(target)
         shutil.rmtree(aside)
     else:
         shutil.rmtree(aside / ".cache", ignore_errors=True)
@@ -140,29 +155,23 @@ def pull(
         len(wanted),
         size,
         sorted(entries.keys() - wanted.keys() - {".gitattributes"}),
-        (target / "tokenizer_config.json").is_file() or (target / "tokenizer.json").is_file(),
-        _has_template(target),
+        has_tokenizer,
+        has_template,
         notes,
     )
 
 
 def _list(repo_id: str, revision: str | None) -> tuple[str, dict]:
     """The commit that is meant, and its files: path -> what the Hub says of it."""
-    api = HfApi()
-    try:
+
+    def look(api: HfApi) -> tuple[str, dict]:
         # Once for all: a branch may move while files come.
         commit = api.model_info(repo_id, revision=revision).sha
         tree = api.list_repo_tree(repo_id, recursive=True, revision=commit)
         return commit, {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
-    except Exception as error:
-        raise _explained(error, repo_id, revision) from error
 
-
-def _explained(error: Exception, repo_id: str, revision: str | None = None) -> Exception:
-    """The error as a sentence, if it is one of the Hub's."""
     what = repo_id if revision is None else f"{repo_id} at {revision}"
-    reason = why_refused(error, HfApi().endpoint, what, reads=True)
-    return error if reason is None else ValueError(reason)
+    return ask(HfApi(), look, what, reads=True)
 
 
 def _require_model(repo_id: str, wanted: dict, entries: dict) -> None:
@@ -188,6 +197,26 @@ def _require_known(repo_id: str, folder: Path) -> None:
         )
 
 
+def _named_weights(folder: Path, wanted: dict) -> set[str]:
+    """The files that the model is read from; its weights may be there in another layout as well."""
+    every = {path for path in wanted if path.endswith(_WEIGHTS)}
+    if (folder / INDEX).is_file():
+        try:
+            places = read_json(folder / INDEX)["weight_map"].values()
+            return every & set(places)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return every  # what is wrong with it is told when it is opened
+    return {SINGLE_FILE} if SINGLE_FILE in every and "config.json" in wanted else every
+
+
+def _complete(repo_id: str, came: Path, target: Path, report: Report) -> None:
+    """Gives a converted model its card and license, and its report the name that people know it by."""
+    for name in ("README.md", "LICENSE", "LICENSE.txt", "LICENSE.md"):
+        if (came / name).is_file():
+            shutil.copyfile(came / name, target / name)
+    replace(report, source={**report.source, "name": repo_id}).write(target)
+
+
 def _require_space(repo_id: str, aside: Path, size: int) -> None:
     there = sum(path.stat().st_size for path in aside.rglob("*") if path.is_file()) if aside.is_dir() else 0
     place = next(path for path in aside.parents if path.is_dir())
@@ -198,20 +227,20 @@ def _require_space(repo_id: str, aside: Path, size: int) -> None:
 
 
 def _download(repo_id: str, commit: str, aside: Path, paths: list[str]) -> None:
-    try:
-        patterns = [glob.escape(path) for path in paths]
+    patterns = [glob.escape(path) for path in paths]
+
+    def fetch(api: HfApi) -> None:
         snapshot_download(
-            repo_id, revision=commit, local_dir=aside, allow_patterns=patterns, endpoint=HfApi().endpoint
+            repo_id, revision=commit, local_dir=aside, allow_patterns=patterns, endpoint=api.endpoint
         )
-    except Exception as error:
-        explained = _explained(error, repo_id)
-        if explained is error:
-            raise
+
+    def advise(passes: bool) -> str:
         if aside.is_dir() and any(path.name != ".cache" for path in aside.iterdir()):
-            hint = f"; what has come is in {aside}, and the same command goes on there"
-            raise ValueError(f"{explained}{hint}") from error
+            return f"; what has come is in {aside}, and the same command goes on there"
         shutil.rmtree(aside, ignore_errors=True)
-        raise explained from error
+        return ""
+
+    ask(HfApi(), fetch, repo_id, reads=True, advice=advise)
 
 
 def _compare(repo_id: str, aside: Path, wanted: dict) -> None:
@@ -230,6 +259,10 @@ def _compare(repo_id: str, aside: Path, wanted: dict) -> None:
             f"{', '.join(broken)} of {repo_id} did not come with the size and hash that the Hub gives, and "
             "is not kept; the same command fetches it again"
         )
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
 
 
 def _has_template(folder: Path) -> bool:

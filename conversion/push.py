@@ -5,23 +5,17 @@ further call takes up where a lost connection left it; and every way that can fa
 is in `release.py`.
 """
 
-import hashlib
-import math
 import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import validate_repo_id
-
-from tessera.data.hashing import file_sha256
-from tessera.data.hub_errors import why_refused
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
 from .checkpoints import SIDE_FILES
+from .hub_files import ask, content_hash, format_size, require_repo_id, require_revision
 from .release import (
     Origin,
     ReleaseFile,
@@ -33,8 +27,7 @@ from .release import (
     list_release,
     write_release,
 )
-
-T = TypeVar("T")
+from .targets import require_dtype
 
 # Of an earlier release, what a loader would take up instead of or beside the new one's files.
 _LOADED_BY_NAME = re.compile(
@@ -84,7 +77,8 @@ def push(
         model: model directory, or a run's.
         repo_id: `owner/name`; created if it is not there.
         family: to convert to first: `llama`, `qwen3` or another of transformers'; default: as it is.
-        dtype: to round to first: `float32`, `bfloat16` or `float16`; default: as it is.
+        dtype: to round to first: `float32`, `bfloat16` or `float16`, and for `deepseek_v3` `fp8`; default: as
+            it is.
         private: of a new repository; one that is there and public is refused.
         revision: branch, made from the main one if it is not there; default: the main one.
         message: of the commit.
@@ -101,6 +95,10 @@ def push(
             that refuses or is not reached.
     """
     _require_name(repo_id)
+    require_revision(revision, branch=True)
+    _require_license(license)
+    if dtype is not None:
+        require_dtype(dtype, family)
     if output is not None and Path(output).exists():
         raise ValueError(f"{output} is there already; choose another directory")
     sends = output is None and not dry_run
@@ -108,7 +106,7 @@ def push(
         if not get_token():
             raise ValueError("there is no token for the Hub: set HF_TOKEN, or log in with `hf auth login`")
         # Before the work: whether the Hub is there, knows the token, and what it would be put on.
-        _ask(lambda api: _require_write(api, repo_id), repo_id)
+        ask(HfApi(), lambda api: _require_write(api, repo_id), repo_id)
         remote = _look(repo_id, revision, private)
     elif dry_run:
         try:
@@ -120,20 +118,22 @@ def push(
         folder = Path(scratch) / "release"
         folder.mkdir()
         checkpoint, origin = find_origin(model, family, dtype)
-        build_release(
+        told = build_release(
             checkpoint, folder, repo_id, origin=origin, revision=revision, license=license, on_hub=_on_hub
         )
         check_release(checkpoint, folder, Path(scratch))
         say("loads without Tessera, with the same logits")
         files = list_release(folder)
-        _describe(files, origin, dry_run, say)
+        _describe(files, origin, [*origin.notes, *told], dry_run, say)
         if output is None:
             same = set() if remote is None else same_files(files, remote)
             _describe_target(repo_id, revision, private, remote, files, same, say)
         if not sends:
             if output is not None:
                 write_release(folder, Path(output))
-            discard(origin)
+            # What an earlier call could not send is kept for the one that will.
+            if not origin.was_kept:
+                discard(origin)
             return f"{HfApi().endpoint}/{repo_id}" if output is None else str(output)
         url = send(files, same, remote, repo_id, private, revision, message or "Upload model", say)
         discard(origin)
@@ -141,12 +141,17 @@ def push(
 
 
 def _require_name(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} cannot be a name on the Hub: {error}") from error
+    require_repo_id(repo_id)
     if repo_id.count("/") != 1:
         raise ValueError(f"{repo_id!r} lacks the owner: give owner/name")
+
+
+def _require_license(license: str | None) -> None:
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+_-]*", license):
+        raise ValueError(
+            f"--license {license!r} is no identifier of the Hub's, such as apache-2.0 or mit; for one that "
+            "it has no name for, give other"
+        )
 
 
 # ---- what is there, and what becomes of it ----
@@ -180,16 +185,25 @@ def _look(repo_id: str, revision: str | None, private: bool) -> Remote:
         }
         return Remote(True, about.private, head, files)
 
-    return _ask(look, repo_id)
+    return ask(HfApi(), look, repo_id)
 
 
 def _require_write(api: HfApi, repo_id: str) -> None:
-    about = (api.whoami().get("auth") or {}).get("accessToken") or {}
+    user = api.whoami()
+    role = ((user.get("auth") or {}).get("accessToken") or {}).get("role")
     # Of tokens with finer rights the Hub tells at the first change only.
-    if about.get("role") == "read":
+    if role == "read":
         raise ValueError(
             f"the token may not write to {repo_id}, it only reads: make one that writes, in the settings of "
             f"your account at {api.endpoint}"
+        )
+    owner = repo_id.split("/")[0]
+    owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs") or [])]
+    # A repository that is seen may have been opened to others.
+    if role == "write" and owner.lower() not in map(str.lower, owners) and not api.repo_exists(repo_id):
+        raise ValueError(
+            f"the token may not write to {repo_id}: it is of {user['name']}, who can create repositories "
+            f"for {', '.join(owners)}"
         )
 
 
@@ -200,12 +214,14 @@ def _require_private(repo_id: str, private: bool, is_private: bool | None) -> No
         )
 
 
-def _describe(files: list[ReleaseFile], origin: Origin, each: bool, say: Callable[[str], None]) -> None:
+def _describe(
+    files: list[ReleaseFile], origin: Origin, notes: list[str], each: bool, say: Callable[[str], None]
+) -> None:
     if origin.step is not None:
         say(f"the run is not finished: this is its checkpoint of step {origin.step:,}")
     if origin.converted is not None:
         say(f"converted: {origin.converted}")
-    for note in origin.notes:
+    for note in notes:
         say(note)
     for file in files if each else []:
         storage = ", large-file storage" if file.is_large else ""
@@ -262,25 +278,6 @@ def same_files(files: list[ReleaseFile], remote: Remote) -> set[str]:
     return same
 
 
-def content_hash(path: Path, sha256: bool) -> str:
-    """The name of a file's content on the Hub: its SHA-256 in large-file storage, else what git calls it."""
-    if sha256:
-        return file_sha256(path)
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def format_size(size: int) -> str:
-    """A size as people read it."""
-    if size < 1000:
-        return f"{size} B"
-    power = min(int(math.log10(size)) // 3, 4)
-    return f"{size / 1000**power:.1f} {('', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
 def _some(names: list[str], most: int = 12) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
@@ -320,8 +317,13 @@ def send(
     additions = [CommitOperationAdd(file.name, str(file.path)) for file in files if file.name not in same]
     gone, _ = left_over(remote, files)
 
+    created = ""
+
     def commit(api: HfApi) -> str:
+        nonlocal created
         api.create_repo(repo_id, private=private, exist_ok=True)
+        if not remote.is_there:
+            created = f"; {repo_id} was created, {'private' if private else 'public'}"
         _require_private(repo_id, private, private and api.model_info(repo_id).private)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -337,19 +339,11 @@ def send(
         )
         return done.commit_url
 
-    return _ask(commit, repo_id, "; what has arrived is kept there, and the same command sends the rest")
+    def advise(passes: bool) -> str:
+        again = "; what has arrived is kept there, and the same command sends the rest" if passes else ""
+        return created + again
 
-
-def _ask(question: Callable[[HfApi], T], repo_id: str, advice: str = "") -> T:
-    """What the Hub answers, or why it does not, in a sentence."""
-    api = HfApi()
-    try:
-        return question(api)
-    except Exception as error:
-        reason = why_refused(error, api.endpoint, repo_id)
-        if reason is None:
-            raise
-        raise ValueError(reason + advice) from error
+    return ask(HfApi(), commit, repo_id, advice=advise)
 
 
 def _on_hub(name: str, kind: str) -> bool:

@@ -43,14 +43,30 @@ def why_refused(error: BaseException | None, endpoint: str, repo: str, reads: bo
         return reasons.get(status, f"the Hub refused {repo} ({status}): {said}")
     if isinstance(error, OfflineModeIsEnabled):
         return "the Hub cannot be reached: HF_HUB_OFFLINE is set"
-    # The client's transport is one library or another by version; all that they raise ends here.
-    if type(error).__module__.startswith("httpx") or isinstance(error, ConnectionError):
+    if isinstance(error, UnicodeEncodeError) and error.encoding == "ascii":
+        return "the token for the Hub has characters that no token has; check HF_TOKEN, or log in again"
+    if _is_of_connection(error):
         return f"the Hub at {endpoint} cannot be reached: {error}"
     if isinstance(error, RuntimeError):
         # Of a file that could not be uploaded it says no more than the name; the reason is beneath.
         reason = why_refused(error.__cause__, endpoint, repo, reads)
-        return reason and f"{str(error).rstrip('.')}, and nothing was changed there: {reason}"
+        return reason and f"{str(error).rstrip('.')}, and no commit was made: {reason}"
     if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         # Of a snapshot that could not be fetched.
         return why_refused(error.__cause__, endpoint, repo, reads)
     return None
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Whether the same may succeed later: after a lost connection, and where the Hub is busy or broken."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, HfHubHTTPError):
+        # Too many requests, and all that is the Hub's own fault.
+        return error.response.status_code == 429 or error.response.status_code >= 500
+    return _is_of_connection(error) or (isinstance(error, RuntimeError) and may_pass(error.__cause__))
+
+
+def _is_of_connection(error: BaseException | None) -> bool:
+    # The client's transport is one library or another by version; all that they raise ends here.
+    return type(error).__module__.startswith("httpx") or isinstance(error, ConnectionError)

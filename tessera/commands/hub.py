@@ -84,8 +84,8 @@ def pull(
     """
     silence_transformers()
     from tessera.conversion.families import FAMILIES
+    from tessera.conversion.hub_files import format_size
     from tessera.conversion.pull import pull as run
-    from tessera.conversion.push import format_size
 
     done = run(repo_id, folder, revision=revision, to=to, dtype=dtype)
     came = f"{done.files} files, {format_size(done.size)}, with the hashes that the Hub gives"

@@ -16,9 +16,12 @@ from transformers import AutoModelForCausalLM
 from tessera import build_byte_tokenizer
 from tessera.commands.hub import pull as command
 from tessera.conversion import pull as pulling
+from tessera.conversion.hub_files import content_hash
 from tessera.conversion.pull import pull
 from tessera.modeling.loading import load_model
 
+# Of a repository, what is not the model's, or is the model again.
+LEFT = ["consolidated.safetensors", "original/consolidated.safetensors", "pytorch_model.bin", "run.log"]
 ACCOUNTS = {TOKEN: Account("someone"), "hf_other": Account("other")}
 
 
@@ -62,6 +65,7 @@ def repo(api, model, request) -> str:
     others = {
         "pytorch_model.bin": b"a pickle",
         "original/consolidated.safetensors": b"twice",
+        "consolidated.safetensors": b"twice",
         "run.log": b"x",
     }
     files = [Add(file.name, str(file)) for file in model.iterdir()]
@@ -90,7 +94,7 @@ def test_a_model_comes_without_pickles_and_opens(api, hub, repo, model):
     assert {path.name for path in folder.iterdir()} == {path.name for path in model.iterdir()}
     assert same_weights(load_model(model), load_model(folder))
     assert (done.kind, done.parameters) == ("tessera", load_model(model).num_parameters())
-    assert done.left == ["original/consolidated.safetensors", "pytorch_model.bin", "run.log"]
+    assert done.left == LEFT
     assert done.has_tokenizer and not done.has_template
     assert done.commit == api.model_info(repo).sha
     assert done.size == sum(path.stat().st_size for path in folder.iterdir())
@@ -98,7 +102,12 @@ def test_a_model_comes_without_pickles_and_opens(api, hub, repo, model):
 
 
 def test_it_is_converted_on_the_way(api, repo, model):
+    for name in ("README.md", "LICENSE"):
+        api.upload_file(path_or_fileobj=b"# mine\n", path_in_repo=name, repo_id=repo)
     done = pull(repo, "as-llama", to="llama", dtype="bfloat16")
+    assert Path("as-llama/README.md").read_text() == Path("as-llama/LICENSE").read_text() == "# mine\n"
+    for report in Path("as-llama").glob("conversion_report.*"):
+        assert repo in report.read_text() and ".download" not in report.read_text()
     assert (done.kind, "converted from tessera to llama in bfloat16") == ("llama", done.notes[-1])
     theirs = AutoModelForCausalLM.from_pretrained("as-llama", dtype="auto")
     assert type(theirs).__module__.endswith("modeling_llama") and theirs.dtype == torch.bfloat16
@@ -131,7 +140,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(api, repo):
 
 def test_a_download_that_was_broken_off_goes_on_where_it_was(api, hub, repo, model):
     last = max(model.glob("model-*.safetensors"))
-    sha256 = pulling.content_hash(last, True)
+    sha256 = content_hash(last, True)
     hub.break_next("GET", f"/lfs/.*{sha256}", after=1000, times=50)
     sentence = "cannot be reached.*what has come is in .*the same command goes on"
     with pytest.raises(ValueError, match=sentence) as caught:
@@ -146,7 +155,7 @@ def test_a_download_that_was_broken_off_goes_on_where_it_was(api, hub, repo, mod
     pull(repo, "model")
     fetched = {path.partition("?")[0].rpartition("/")[2] for path in downloads(hub) if "/lfs/" in path}
     assert fetched == {sha256} | {
-        pulling.content_hash(path, True) for path in model.glob("*.safetensors") if path.name not in came
+        content_hash(path, True) for path in model.glob("*.safetensors") if path.name not in came
     }
     assert same_weights(load_model(model), load_model("model"))
     assert [path.name for path in Path().iterdir()] == ["model"]
@@ -154,7 +163,7 @@ def test_a_download_that_was_broken_off_goes_on_where_it_was(api, hub, repo, mod
 
 def test_content_that_is_not_what_was_announced_is_refused(api, hub, repo, model):
     shard = max(model.glob("model-*.safetensors"))
-    blob = hub.find("models", repo).blob(pulling.content_hash(shard, True))
+    blob = hub.find("models", repo).blob(content_hash(shard, True))
     whole = blob.read_bytes()
     blob.write_bytes(whole[:-4] + bytes(value ^ 1 for value in whole[-4:]))
     with pytest.raises(ValueError, match=f"{shard.name} of {repo} did not come with the size and hash"):
@@ -227,11 +236,26 @@ def test_a_full_disk_and_a_directory_in_the_way_are_told_before_anything_comes(a
     Path("model/mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="model is there already and not empty"):
         pull(repo, "model")
-    full = shutil._ntuple_diskusage(10**9, 10**9, 100_000)
+    full = shutil._ntuple_diskusage(10**9, 10**9, 10**6)
     monkeypatch.setattr(pulling.shutil, "disk_usage", lambda path: full)
-    with pytest.raises(ValueError, match=r"has 100.0 kB free, and 2.\d MB of .* are to come"):
+    with pytest.raises(ValueError, match=r"has 1.0 MB free, and 1.\d MB of .* are to come"):
         pull(repo, "other")
-    assert not downloads(hub) and [path.name for path in Path().iterdir()] == ["model"]
+    assert not [path for path in downloads(hub) if "/lfs/" in path]
+    assert [path.name for path in Path().iterdir()] == ["model"]
+    hub.requests.clear()
+    for given, sentence in (
+        ({"dtype": "int3"}, "--dtype int3: choose from float32"),
+        ({"dtype": "fp8", "to": "llama"}, "--dtype fp8 for llama: choose from"),
+        ({"revision": ""}, "'' cannot be the name of a branch, tag or commit"),
+        ({"folder": Path("empty"), "to": "llama"}, "is the current directory, which cannot be replaced"),
+    ):
+        Path("empty").mkdir(exist_ok=True)
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=sentence):
+            if "folder" in given:
+                patch.chdir("empty")
+                given = {**given, "folder": "."}
+            pull(repo, **given)
+    assert not hub.requests
 
 
 def test_the_command_says_what_came_and_how_to_go_on(api, repo, capsys):
@@ -241,6 +265,12 @@ def test_the_command_says_what_came_and_how_to_go_on(api, repo, capsys):
     command(repo, "here")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{repo} at main, commit {api.model_info(repo).sha[:8]}: ")
-    assert lines[1] == "stays there: original/consolidated.safetensors, pytorch_model.bin, run.log"
+    assert lines[1] == f"stays there: {', '.join(LEFT)}"
     assert lines[2].endswith("parameters, context 512, with tokenizer and chat template")
     assert lines[3:] == ["written: here", "go on:   tessera chat --model here"]
+
+
+def test_a_tokenizer_inside_the_file_is_not_missed(api, repo):
+    pytest.importorskip("gguf")
+    assert pull(repo, "one-file", to="gguf").has_tokenizer
+    assert list(Path("one-file").glob("*.gguf"))

@@ -1,6 +1,7 @@
 """A push changes what it says it changes, all of it in one commit, and goes on where it was broken off."""
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def test_an_upload_that_was_broken_off_goes_on_where_it_was(how, api, hub, model
     sentence = (
         "the Hub (at .* cannot be reached|refused).*; what has arrived is kept there, and the same command"
     )
-    with pytest.raises(ValueError, match=f"nothing was changed there: {sentence}") as caught:
+    with pytest.raises(ValueError, match=f"no commit was made: {sentence}") as caught:
         push(model, name)
     assert "\n" not in str(caught.value)
     assert history(hub, name) == [set()], "no reader sees half of it"
@@ -126,11 +127,17 @@ def test_a_connection_that_is_lost_in_the_commit_leaves_all_or_nothing(api, hub,
 @pytest.mark.parametrize(
     ("number", "method", "path", "status", "sentence"),
     [
-        (0, "POST", "/commit/main", 413, r"the Hub refused someone/no-. \(413\)"),
-        (1, "POST", "/preupload/", 403, "the token may not write to someone/no-."),
-        (2, "POST", "/preupload/", 429, r"the Hub refused someone/no-. \(429\)"),
-        (3, "PUT", "/lfs/", 413, r"the Hub refused someone/no-. \(413\)"),
-        (4, "POST", "/repos/create", 500, r"the Hub refused someone/no-. \(500\)"),
+        (0, "POST", "/commit/main", 413, r"the Hub refused someone/no-. \(413\).*no-0 was created, public$"),
+        (
+            1,
+            "POST",
+            "/preupload/",
+            403,
+            "the token may not write to someone/no-.; .*no-1 was created, public$",
+        ),
+        (2, "POST", "/preupload/", 429, r"the Hub refused someone/no-. \(429\).*created.*sends the rest$"),
+        (3, "PUT", "/lfs/", 413, r"no commit was made: the Hub refused someone/no-. \(413\).*public$"),
+        (4, "POST", "/repos/create", 500, r"the Hub refused someone/no-. \(500\): [^;]*; what has arrived"),
     ],
 )
 def test_what_the_hub_refuses_ends_in_a_sentence(number, method, path, status, sentence, api, hub, model):
@@ -152,8 +159,30 @@ def test_who_may_not_write_is_told_so(api, hub, model, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="the token may not write to someone/mine, it only reads"):
         push(tmp_path / "not even looked at", "someone/mine")
     monkeypatch.setattr(pushing, "HfApi", partial(HfApi, endpoint=hub.url, token=TOKEN))
-    with pytest.raises(ValueError, match="the token may not write to another/theirs"):
-        push(model, "another/theirs")
+    with pytest.raises(
+        ValueError, match="not write to another/theirs: it is of someone, who can create .*someone"
+    ):
+        push(tmp_path / "not even looked at", "another/theirs")
+    monkeypatch.setattr(pushing, "HfApi", partial(HfApi, endpoint=hub.url, token="hf_ключ"))
+    with pytest.raises(ValueError, match="the token for the Hub has characters that no token has"):
+        push(tmp_path / "not even looked at", "someone/mine")
+
+
+def test_what_cannot_be_is_told_before_the_hub_is_asked(api, hub, tmp_path):
+    for given, sentence in (
+        ({"revision": "refs/pr/1"}, "name a branch without refs/"),
+        ({"revision": "bad name"}, "'bad name' cannot be the name of a branch"),
+        ({"revision": ""}, "'' cannot be the name of a branch"),
+        ({"license": "mit\nprivate: true"}, "is no identifier of the Hub's"),
+        ({"dtype": "q8_0"}, "q8_0: choose from float32, bfloat16, float16, and fp8 for native, deepseek_v3"),
+        (
+            {"dtype": "fp8", "family": "llama"},
+            "--dtype fp8 for llama: choose from float32, bfloat16, float16$",
+        ),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            push(tmp_path / "not even looked at", "someone/mine", **given)
+    assert not hub.requests
 
 
 def test_what_is_replaced_is_said_and_nothing_of_an_earlier_release_is_loaded_with_it(api, hub, model):
@@ -164,6 +193,9 @@ def test_what_is_replaced_is_said_and_nothing_of_an_earlier_release_is_loaded_wi
         "chat_template.jinja": b"another template",
         "README.md": b"# earlier\n",
         "notes/plan.md": b"my own",
+        "tokenizer/study.json": b"my own",
+        "tokenizer_notes/x/y.json": b"my own",
+        "tokenizer_corpus.json": b"my own",
         "picture.jpg": b"mine too",
         "config.json": (model / "config.json").read_bytes(),
     }
@@ -177,10 +209,11 @@ def test_what_is_replaced_is_said_and_nothing_of_an_earlier_release_is_loaded_wi
     assert "replaced there: README.md" in text
     gone = "chat_template.jinja, model.safetensors, pytorch_model.bin"
     assert f"removed there, being of another release: {gone}" in text
-    assert "stays there: notes/plan.md, picture.jpg" in text
+    mine = "notes/plan.md, picture.jpg, tokenizer/study.json, tokenizer_corpus.json, tokenizer_notes/x/y.json"
+    assert f"stays there: {mine}" in text
     states = history(hub, "someone/earlier")
     assert len(states) == 3 and not set(gone.split(", ")) & states[0]
-    assert {"notes/plan.md", "picture.jpg", "README.md", "config.json"} < states[0]
+    assert {*mine.split(", "), "README.md", "config.json"} < states[0]
     old = api.list_repo_files("someone/earlier", revision=head.oid)
     assert set(old) == earlier.keys(), "it is still in the history"
 
@@ -244,6 +277,10 @@ def test_pickles_state_logs_and_secrets_stay_behind_and_links_go_as_what_they_na
         assert sizes[shard.name] == shard.stat().st_size
 
 
+def raise_overflow(*_, **__):
+    raise OverflowError("converts again")
+
+
 def test_a_conversion_is_kept_for_the_next_attempt_and_not_after_it(api, hub, model, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "cache"))
     kept = tmp_path / "cache/tessera/push"
@@ -252,6 +289,16 @@ def test_a_conversion_is_kept_for_the_next_attempt_and_not_after_it(api, hub, mo
         push(model, "someone/kept", family="llama", dtype="bfloat16")
     assert len(list(kept.iterdir())) == 2
     hub.mend()
+    (kept / "old").mkdir()
+    os.utime(kept / "old", (0, 0))
+    push(model, "someone/kept", family="llama", dtype="bfloat16", dry_run=True)
+    assert len(list(kept.iterdir())) == 2, (
+        "what waits to be sent is there still, and what nobody wants is not"
+    )
+    with monkeypatch.context() as patch, pytest.raises(OverflowError):
+        patch.setattr("transformers.__version__", "another")
+        patch.setattr("tessera.conversion.release.convert", raise_overflow)
+        push(model, "someone/kept", family="llama", dtype="bfloat16", dry_run=True)
     with monkeypatch.context() as patch:
         patch.setattr("tessera.conversion.release.convert", lambda *_, **__: pytest.fail("converts again"))
         push(model, "someone/kept", family="llama", dtype="bfloat16")
