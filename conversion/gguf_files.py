@@ -1,4 +1,4 @@
-"""GGUF files: written a tensor at a time, and read back to be compared.
+"""GGUF files: written some rows at a time, and read back to be compared.
 
 What belongs here: types of numbers, where they are used, how far each may be from the weights, and the file
 itself, through the `gguf` package of llama.cpp's project. What the tensors are called and what the metadata
@@ -6,10 +6,11 @@ say is in `gguf_architectures.py` and `gguf_tokenizer.py`.
 """
 
 import importlib.util
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ ROPE_FACTORS = "rope_freqs.weight"
 # llama.cpp keeps these in fp32: vectors, and what it looks positions up in or routes by.
 _FP32 = ("position_embd.weight", "ffn_gate_inp.weight", ROPE_FACTORS)
 _BLOCK = 32  # numbers that share a scale in Q8_0
-_AT_ONCE = 2**22  # numbers that are compared
+_AT_ONCE = 2**22  # numbers that are rounded or compared
 _LARGEST_FP16 = 65504.0
 
 
@@ -78,7 +79,9 @@ def write_gguf(
     dtype: str,
     on_bytes: Callable[[int], None] | None = None,
 ) -> None:
-    """Writes a model. Tensors are read one after the other, in the order of the file.
+    """Writes a model.
+
+    Tensors are read one after the other, in the order of the file, and rounded some rows at a time.
 
     Args:
         file: that does not exist yet.
@@ -93,7 +96,6 @@ def write_gguf(
     """
     import gguf
 
-    names = architecture.names(config)
     shapes = _shapes(config, architecture)
     writer = gguf.GGUFWriter(file, architecture.name)
     writer.add_file_type(TYPES[dtype][1])
@@ -102,19 +104,15 @@ def write_gguf(
         _add(writer, f"{architecture.name}.{key}", value)
     for key, value in tokenizer.values.items():
         _add(writer, key, value)
-    theirs = to_theirs(tensors, config, names)
-    factors = rope_factors(config)
-    extra = {} if factors is None else {ROPE_FACTORS: factors}
-    for name, tensor in extra.items():
-        _announce(writer, name, tensor.shape, dtype)
+    theirs = _tensors_of_file(tensors, config, architecture)
     for name in theirs:
         _announce(writer, name, shapes[name], dtype)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for name in (*extra, *theirs):
-            numbers = _encode(name, extra[name] if name in extra else theirs[name], dtype)
+        for name in theirs:
+            numbers = _Encoded(name, theirs[name], choose_type(name, shapes[name], dtype))
             writer.write_tensor_data(numbers)
             if on_bytes is not None:
                 on_bytes(numbers.nbytes)
@@ -125,8 +123,6 @@ def write_gguf(
 def tensors_size(architecture: Architecture, config: TesseraConfig, dtype: str) -> int:
     """Bytes of a file's tensors, by their shapes alone."""
     shapes = _shapes(config, architecture)
-    if (factors := rope_factors(config)) is not None:
-        shapes[ROPE_FACTORS] = factors.shape
     return sum(_size(shape, choose_type(name, shape, dtype)) for name, shape in shapes.items())
 
 
@@ -172,12 +168,9 @@ class GGUFTensors(Mapping):
         return self._tensors[name].tensor_type.name
 
     def value(self, key: str) -> Any:
-        """A value of the metadata.
-
-        Raises:
-            KeyError: if the file does not state it.
-        """
-        return self.reader.fields[key].contents()
+        """A value of the metadata; None if the file does not state it."""
+        field = self.reader.fields.get(key)
+        return None if field is None else field.contents()
 
 
 def compare_file(
@@ -185,45 +178,103 @@ def compare_file(
     architecture: Architecture,
     config: TesseraConfig,
     tensors: Mapping[str, torch.Tensor],
+    tokenizer: TokenizerMetadata,
     dtype: str,
 ) -> Rounding:
-    """Reads a file with the package's own reader and compares every number with the model's.
+    """Reads a file with the package's own reader and compares all that it states and every number.
+
+    Args:
+        file, architecture, config, tensors, tokenizer, dtype: as for `write_gguf`.
 
     Raises:
-        ValueError: if a tensor or a size is missing, or a number is farther from the model's than its type's
-            rounding.
+        ValueError: if a tensor, a size or a value of the tokenizer is missing or another, or a number is
+            farther from the model's than its type's rounding.
     """
     found = GGUFTensors(file)
-    for key, value in architecture.describe(config).items():
-        key = f"{architecture.name}.{key}"
-        there = found.value(key)
-        if there != (np.float32(value) if isinstance(value, float) else value):
-            raise ValueError(f"{file} states {there} as {key}, not {value}")
-    theirs = to_theirs(tensors, config, architecture.names(config))
+    _compare_metadata(found, file, architecture, config, tokenizer, dtype)
+    theirs = _tensors_of_file(tensors, config, architecture)
     missing = [name for name in theirs if name not in found]
-    if missing or len(found) != len(theirs) + (rope_factors(config) is not None):
+    if missing or len(found) != len(theirs):
         raise ValueError(f"{file} has {len(found)} tensors, not {len(theirs)}")
     counts: dict[str, int] = {}
     largest = 0.0
     for name in theirs:
-        expected, there, kind = theirs[name].float(), found[name], found.type_of(name)
-        if kind != choose_type(name, expected.shape, dtype) or there.shape != expected.shape:
-            raise ValueError(f"{name} is {kind} {tuple(there.shape)} in {file}, not {tuple(expected.shape)}")
-        difference = (there - expected).abs()
-        if not bool((difference <= _rounding(kind, expected)).all()):
-            raise ValueError(
-                f"{name} read back differs by up to {float(difference.max()):.3g}; nothing is kept"
-            )
+        expected, kind, shape = theirs[name], found.type_of(name), found.shape_of(name)
+        if kind != choose_type(name, expected.shape, dtype) or shape != expected.shape:
+            raise ValueError(f"{name} is {kind} {tuple(shape)} in {file}, not {tuple(expected.shape)}")
         counts[kind] = counts.get(kind, 0) + 1
-        scale = float(expected.abs().max())
-        largest = max(largest, float(difference.max()) / scale if scale else 0.0)
+        largest = max(largest, _compare_tensor(found, name, expected, kind))
     return Rounding(counts, largest)
+
+
+def _compare_metadata(
+    found: GGUFTensors,
+    file: Path,
+    architecture: Architecture,
+    config: TesseraConfig,
+    tokenizer: TokenizerMetadata,
+    dtype: str,
+) -> None:
+    expected = {f"{architecture.name}.{key}": value for key, value in architecture.describe(config).items()}
+    expected |= {"general.architecture": architecture.name, "general.file_type": TYPES[dtype][1]}
+    expected |= tokenizer.values
+    for key, value in expected.items():
+        there = found.value(key)
+        if isinstance(value, list):
+            if type(there) is not list or len(there) != len(value):
+                raise ValueError(f"{file} does not state {key} with {len(value)} entries; nothing is kept")
+            pairs = zip(there, value, strict=True)
+            place = next((place for place, pair in enumerate(pairs) if not _is_stated(*pair)), None)
+            if place is not None:
+                raise ValueError(
+                    f"{file} states {there[place]!r} as entry {place} of {key}, not {value[place]!r}; "
+                    "nothing is kept"
+                )
+        elif not _is_stated(there, value):
+            raise ValueError(f"{file} states {there!r} as {key}, not {value!r}; nothing is kept")
+    more = [key for key in found.reader.fields if key.startswith("tokenizer.") and key not in expected]
+    if more:
+        raise ValueError(f"{file} states {', '.join(more)}, which the tokenizer does not have")
+
+
+def _is_stated(there: Any, value: Any) -> bool:
+    """Whether a value that was read is the one that was to be written; floats have 32 bits."""
+    return type(there) is type(value) and there == (np.float32(value) if isinstance(value, float) else value)
+
+
+def _compare_tensor(found: GGUFTensors, name: str, expected: torch.Tensor, kind: str) -> float:
+    """Compares some rows at a time; the largest change, as a share of the largest weight."""
+    start, apart, scale, near = 0, 0.0, 0.0, True
+    for rows in _row_blocks(expected):
+        rows = rows.float()
+        difference = (found.rows(name, start, start + len(rows)) - rows).abs()
+        near = near and bool((difference <= _rounding(kind, rows)).all())
+        start += len(rows)
+        apart = max(apart, float(difference.nan_to_num(torch.inf).max()))
+        scale = max(scale, float(rows.abs().max()))
+    if not near:
+        raise ValueError(f"{name} read back differs by up to {apart:.3g}; nothing is kept")
+    return apart / scale if scale else 0.0
+
+
+def _tensors_of_file(
+    tensors: Mapping[str, torch.Tensor], config: TesseraConfig, architecture: Architecture
+) -> Mapping[str, torch.Tensor]:
+    """All that a file has, in its order; the model's are read when asked for."""
+    theirs, factors = to_theirs(tensors, config, architecture.names(config)), rope_factors(config)
+    return theirs if factors is None else ChainMap(theirs, {ROPE_FACTORS: factors})
+
+
+def _row_blocks(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A tensor as rows, all dimensions but the last taken as one, as many together as are handled at once."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows.split(max(1, _AT_ONCE // rows.shape[1]))
 
 
 def _shapes(config: TesseraConfig, architecture: Architecture) -> dict[str, torch.Size]:
     """Shapes of the file's tensors, by the rules themselves on tensors without numbers."""
     empty = {name: torch.empty(shape, device="meta") for name, shape in model_shapes(config).items()}
-    theirs = to_theirs(empty, config, architecture.names(config))
+    theirs = _tensors_of_file(empty, config, architecture)
     return {name: theirs[name].shape for name in theirs}
 
 
@@ -256,23 +307,34 @@ def _size(shape: torch.Size, kind: str) -> int:
     return shape.numel() // block * size
 
 
-def _encode(name: str, tensor: torch.Tensor, dtype: str) -> np.ndarray:
-    """The bytes of a tensor in its type."""
+class _Encoded:
+    """A tensor in its type as the package's writer takes it: an array that is made while it is written."""
+
+    def __init__(self, name: str, tensor: torch.Tensor, kind: str):
+        self._name, self._tensor, self._kind = name, tensor, kind
+        self.nbytes = _size(tensor.shape, kind)
+
+    def tofile(self, stream: BinaryIO) -> None:
+        for rows in _row_blocks(self._tensor):
+            _encode(self._name, rows, self._kind).tofile(stream)
+
+
+def _encode(name: str, rows: torch.Tensor, kind: str) -> np.ndarray:
+    """The bytes of some rows of a tensor in its type."""
     import gguf
 
-    if not bool(torch.isfinite(tensor).all()):
+    if not bool(torch.isfinite(rows).all()):
         raise ValueError(f"{name} has weights that are not finite; the model cannot be written")
-    kind = choose_type(name, tensor.shape, dtype)
-    if kind == "F16" and float(tensor.abs().max()) > _LARGEST_FP16:
+    if kind == "F16" and float(rows.abs().max()) > _LARGEST_FP16:
         raise ValueError(
-            f"{name} has weights up to {float(tensor.abs().max()):.3g}, which float16 cannot hold; "
+            f"{name} has weights up to {float(rows.abs().max()):.3g}, which float16 cannot hold; "
             "choose --dtype bfloat16 or float32"
         )
     if kind == "BF16":
-        return tensor.to(torch.bfloat16).contiguous().view(torch.int16).numpy()
+        return rows.to(torch.bfloat16).contiguous().view(torch.int16).numpy()
     if kind == "F16":
-        return tensor.to(torch.float16).contiguous().numpy()
-    numbers = tensor.to(torch.float32).contiguous().numpy()
+        return rows.to(torch.float16).contiguous().numpy()
+    numbers = rows.to(torch.float32).contiguous().numpy()
     return numbers if kind == "F32" else gguf.quants.quantize(numbers, gguf.GGMLQuantizationType.Q8_0)
 
 

@@ -58,7 +58,7 @@ def size(config: TesseraConfig, tensors: Tensors, options: "Options") -> int:
     """
     if options.verify == LLAMA_CPP:
         require_llama_cpp()
-    _describe(config, options)
+    _describe(config, options, try_joins=True)
     return tensors_size(gguf_architectures.choose(config), config, _dtype(config, options))
 
 
@@ -77,7 +77,7 @@ def write(folder: Path, config: TesseraConfig, tensors: Tensors, options: "Optio
 
 
 def verify(written: "Written") -> list[Check]:
-    """Compares the file with its source: every number, the logits, and on request what llama.cpp makes of it.
+    """Compares all that a file states, every number, the logits, and on request what llama.cpp makes of it.
 
     Raises:
         ValueError: if a number is farther from the source's than its rounding, or llama.cpp computes
@@ -87,9 +87,11 @@ def verify(written: "Written") -> list[Check]:
     dtype = _dtype(config, options)
     file = written.folder / _file_name(dtype)
     architecture = gguf_architectures.choose(config)
-    rounding = compare_file(file, architecture, config, written.tensors, dtype)
+    described = _describe(config, options)
+    rounding = compare_file(file, architecture, config, written.tensors, described, dtype)
     checks = [
         Check("metadata and shapes", True, f"{architecture.name}, {sum(rounding.counts.values())} tensors"),
+        Check("tokenizer, read back", True, _told(described)),
         Check("weights, read back", True, str(rounding)),
     ]
     found = GGUFTensors(file)
@@ -112,8 +114,16 @@ def verify(written: "Written") -> list[Check]:
     return checks
 
 
-def _describe(config: TesseraConfig, options: "Options") -> TokenizerMetadata:
-    return describe_tokenizer(load_tokenizer(options.source) if options.tokenizer else None, config)
+def _describe(config: TesseraConfig, options: "Options", try_joins: bool = False) -> TokenizerMetadata:
+    tokenizer = load_tokenizer(options.source) if options.tokenizer else None
+    return describe_tokenizer(tokenizer, config, try_joins)
+
+
+def _told(described: TokenizerMetadata) -> str:
+    tokens = described.values.get("tokenizer.ggml.tokens")
+    if tokens is None:
+        return "none"
+    return f"{len(tokens):,} tokens, {len(described.values)} values; equal"
 
 
 def _dtype(config: TesseraConfig, options: "Options") -> str:

@@ -9,6 +9,8 @@ run here on hard texts, and must give the tokenizer's own ids.
 
 import heapq
 import json
+import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,6 +52,8 @@ _NO_MERGE = "<no> <merge>"
 _IDLE_BYTE = 0xFF
 # Characters of the texts that scores are tried on: the loop below is Python.
 _LONGEST_PROBE = 600
+# Where transformers keeps chat templates that have a name.
+_NAMED_TEMPLATES = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.copy_side_files(Path(folder))
+        if (checkpoint.folder / _NAMED_TEMPLATES).is_dir():
+            shutil.copytree(checkpoint.folder / _NAMED_TEMPLATES, Path(folder) / _NAMED_TEMPLATES)
         try:
             return AutoTokenizer.from_pretrained(folder)
         except Exception as error:
@@ -85,12 +91,15 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
             ) from error
 
 
-def describe_tokenizer(tokenizer: PreTrainedTokenizerBase | None, config: TesseraConfig) -> TokenizerMetadata:
+def describe_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, config: TesseraConfig, try_joins: bool = True
+) -> TokenizerMetadata:
     """The metadata of a tokenizer.
 
     Args:
         tokenizer: None for a file without, which llama.cpp runs on ids alone.
         config: of the model, for the length of its vocabulary.
+        try_joins: whether joining by scores is tried, which takes seconds and comes out alike each time.
 
     Raises:
         ValueError: if llama.cpp would give other ids, or the vocabulary is longer than the model's.
@@ -132,15 +141,15 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase | None, config: Tesser
         idle = f"<0x{_IDLE_BYTE:02X}>"
         space = _puts_space_first(tokenizer, model["vocab"])
         values["tokenizer.ggml.add_space_prefix"] = space
-        _require_same_joins(tokenizer, texts, types, scores, space)
+        if try_joins:
+            _require_same_joins(tokenizer, texts, types, scores, space)
         if space and any(kind == _CONTROL for kind in types):
             notes.append("llama.cpp puts a space after each special token, as it does before a text")
     else:
         raise _refusal("it is neither byte-level BPE nor BPE with byte fallback")
-    values |= _roles(tokenizer, config, texts, idle)
-    if tokenizer.chat_template is not None:
-        template = tokenizer.chat_template
-        values["tokenizer.chat_template"] = template if isinstance(template, str) else template["default"]
+    for described, sentences in (_roles(tokenizer, config, texts, idle), _templates(tokenizer)):
+        values |= described
+        notes += sentences
     return TokenizerMetadata(values, tuple(notes))
 
 
@@ -226,8 +235,8 @@ def _merges_make_all(model: dict) -> bool:
 
 def _roles(
     tokenizer: PreTrainedTokenizerBase, config: TesseraConfig, texts: list[str], idle: str
-) -> dict[str, int | bool]:
-    """Ids of the tokens with a role, and whether a text gets a first and a last one.
+) -> tuple[dict[str, int | bool], list[str]]:
+    """Ids of the tokens with a role, and whether a text gets a first and a last one; and what is left out.
 
     llama.cpp has a first and a last token in any case, and takes some id of its own where the file names
     none. Then the byte that is in no text stands for it.
@@ -245,12 +254,17 @@ def _roles(
     ends = config.eos_token_id
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     eos = ends[0] if eos is None and ends else eos
-    further = [index for index in ends if index != eos]
+    # It stops at any of three. The one that ends a message with a call has a name that it knows.
+    further = sorted(
+        (index for index in dict.fromkeys(ends) if index != eos),
+        key=lambda i: texts[i : i + 1] == ["<|eom_id|>"],
+    )
     free = texts.index(idle) if idle in texts else None
     ids = {
         "bos": config.bos_token_id if bos is None else bos,
         "eos": eos,
         "eot": further[0] if further else None,
+        "eom": further[1] if len(further) > 1 else None,
         "unknown": tokenizer.unk_token_id,
         "padding": tokenizer.pad_token_id,
     }
@@ -258,10 +272,40 @@ def _roles(
     values: dict[str, int | bool] = {
         f"tokenizer.ggml.{name}_token_id": index for name, index in ids.items() if index is not None
     }
-    return values | {
+    values |= {
         "tokenizer.ggml.add_bos_token": before != [],
         "tokenizer.ggml.add_eos_token": after != [],
     }
+    left = [f"{index} ({''.join(texts[index : index + 1])})" for index in further[2:]]
+    if not left:
+        return values, []
+    return values, [f"the file states three tokens to stop at, so generation goes on after {', '.join(left)}"]
+
+
+def _templates(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, str | list[str]], list[str]]:
+    """Chat templates: the one without a name, and others under theirs; and what to say of those."""
+    found = tokenizer.chat_template
+    if not found:
+        return {}, []
+    if isinstance(found, str):
+        return {"tokenizer.chat_template": found}, []
+    named = {re.sub(r"[^A-Za-z0-9_]", "_", name): text for name, text in found.items()}
+    if len(named) < len(found):
+        raise ValueError(
+            f"the chat templates {', '.join(sorted(found))} have names that are one and the same in a GGUF "
+            "file; rename them, or write the file without a tokenizer, with --no-tokenizer"
+        )
+    values: dict[str, str | list[str]] = {}
+    if "default" in named:
+        values["tokenizer.chat_template"] = named.pop("default")
+    if not named:
+        return values, []
+    values |= {f"tokenizer.chat_template.{name}": text for name, text in named.items()}
+    values["tokenizer.chat_templates"] = sorted(named)
+    how = "chosen by name alone"
+    if "tokenizer.chat_template" not in values:
+        how += ", as there is none called default"
+    return values, [f"the chat templates {', '.join(sorted(named))} are in the file under their names: {how}"]
 
 
 # ---- BPE with byte fallback ----

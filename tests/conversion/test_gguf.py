@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from tessera import TesseraConfig, build_byte_tokenizer, cli
-from tessera.conversion import gguf_files
+from tessera.conversion import gguf_files, gguf_tokenizer
 from tessera.conversion.convert import convert
 from tessera.conversion.gguf_architectures import choose
 from tessera.tokenization.byte_level import GPT2_PATTERN, GPT4_PATTERN
@@ -267,6 +267,34 @@ def test_a_file_that_was_damaged_on_the_way_is_not_kept(dtype, tmp_path, monkeyp
     assert nothing_at(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "q8_0"])
+def test_a_tensor_is_rounded_and_compared_some_rows_at_a_time(dtype, tmp_path, monkeypatch):
+    save("llama-tiny", tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "whole.gguf", dtype=dtype, verify="weights")
+    largest = 0
+    encode, near = gguf_files._encode, gguf_files._rounding
+
+    def told(change):
+        def call(*arguments):
+            nonlocal largest
+            largest = max(largest, *(a.numel() for a in arguments if isinstance(a, torch.Tensor)))
+            return change(*arguments)
+
+        return call
+
+    monkeypatch.setattr(gguf_files, "_AT_ONCE", 500)
+    monkeypatch.setattr(gguf_files, "_encode", told(encode))
+    monkeypatch.setattr(gguf_files, "_rounding", told(near))
+    done = convert(tmp_path / "model", tmp_path / "rows.gguf", dtype=dtype, verify="weights")
+    assert 250 < largest <= 500
+    assert (tmp_path / "rows.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert done.report.checks[2].name == "weights, read back"
+    # And a row that is not among the first is compared with itself.
+    monkeypatch.setattr(gguf_files, "_encode", lambda name, rows, kind: encode(name, rows.flip(0), kind))
+    with pytest.raises(ValueError, match="read back differs"):
+        convert(tmp_path / "model", tmp_path / "turned.gguf", dtype=dtype, verify="weights")
+
+
 # ---- the command ----
 
 
@@ -376,6 +404,64 @@ def test_the_byte_tokenizer_is_byte_level_bpe_without_merges_of_use(tmp_path):
     assert there["tokenizer.ggml.bos_token_id"] == 0xFF
     assert there["tokenizer.chat_template"] == tokenizer.chat_template
     assert not any("tokenizer" in note for note in notes)
+
+
+def with_stops(folder, stops: list[int]):
+    """What a file states of a tokenizer whose model stops at several tokens, and what is noted."""
+    names = ["<|end|>", "<|eom_id|>", "<|eot_id|>", "<|other|>"]
+    tokenizer = build_byte_tokenizer(eos_token=names[0], extra_special_tokens=names[1:])
+    save("llama-tiny", folder / "model", vocab_size=260, num_hidden_layers=1, eos_token_id=stops)
+    tokenizer.save_pretrained(folder / "model")
+    done = convert(folder / "model", folder / "file.gguf", verify="weights")
+    there = gguf.GGUFReader(folder / "file.gguf").fields
+    roles = {role: there.get(f"tokenizer.ggml.{role}_token_id") for role in ("eos", "eot", "eom")}
+    return {role: field and field.contents() for role, field in roles.items()}, done.notes
+
+
+def test_all_tokens_to_stop_at_are_stated_or_noted(tmp_path):
+    roles, notes = with_stops(tmp_path / "three", [256, 257, 258])
+    assert roles == {"eos": 256, "eot": 258, "eom": 257} and not any("stop" in note for note in notes)
+    roles, notes = with_stops(tmp_path / "four", [256, 258, 259, 257])
+    assert roles == {"eos": 256, "eot": 258, "eom": 259}
+    assert any("goes on after 257 (<|eom_id|>)" in note for note in notes)
+
+
+@pytest.mark.parametrize("default", [True, False])
+def test_chat_templates_with_names_are_in_the_file_under_them(default, tmp_path):
+    tokenizer = build_byte_tokenizer(eos_token="<|end|>")
+    tokenizer.chat_template = {"tool-use": "{{ tools }}", "rag": "{{ documents }}"}
+    if default:
+        tokenizer.chat_template["default"] = "{{ messages }}"
+    there, notes = written(tokenizer, tmp_path, verify="weights")
+    prefix = "tokenizer.chat_template"
+    assert there[f"{prefix}.tool_use"] == "{{ tools }}" and there[f"{prefix}.rag"] == "{{ documents }}"
+    assert there[f"{prefix}s"] == ["rag", "tool_use"]
+    assert there.get(prefix) == ("{{ messages }}" if default else None)
+    (note,) = [note for note in notes if "chat templates" in note]
+    assert "rag, tool_use" in note and ("none called default" in note) is not default
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("tokens", lambda value: value[::-1]),
+        ("token_type", lambda value: value[:-1]),
+        ("scores", lambda value: [*value[:-1], value[-1] + 1]),
+        ("eos_token_id", lambda value: value + 1),
+        ("add_bos_token", lambda value: not value),
+    ],
+)
+def test_a_tokenizer_that_is_not_the_one_in_the_file_is_seen(key, change, tmp_path, monkeypatch):
+    add = gguf_files._add
+
+    def damaged(writer, name, value):
+        add(writer, name, change(value) if name == f"tokenizer.ggml.{key}" else value)
+
+    monkeypatch.setattr(gguf_files, "_add", damaged)
+    monkeypatch.setattr(gguf_tokenizer, "_require_same_joins", lambda *arguments: None)
+    with pytest.raises(ValueError, match=f"tokenizer.ggml.{key}"):
+        written(sentencepiece(False), tmp_path, verify="weights")
+    assert nothing_at(tmp_path)
 
 
 @pytest.mark.parametrize(
