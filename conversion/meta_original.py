@@ -6,8 +6,9 @@ dimension the ranks share each tensor, and what `params.json` says. Rotary pairs
 stay so; the families of transformers that have halves get them on the way out.
 """
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ _READ = (
     *("multiple_of", "ffn_dim_multiplier", "rope_theta", "use_scaled_rope", "sliding_window", "moe"),
     *("max_seq_len", "tied_embeddings", "max_batch_size", "model_parallel_size"),
 )
+_SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads")
+_FURTHER_SIZES = ("head_dim", "multiple_of", "hidden_dim", "max_seq_len")
 _FIXED = {"use_biases": False, "causal": True, "norm_type": "rmsnorm"}
 # Llama 3.1's code, in which these four are constants.
 _SCALED_ROPE = {
@@ -215,12 +218,40 @@ def _read_params(file: Path) -> dict[str, Any]:
                 f"{file} says {name}: {value!r}, which is no part of a Llama, Mistral or Mixtral"
             )
     params.setdefault("n_kv_heads", params.get("n_heads"))
-    sizes = ("dim", "n_layers", "n_heads", "n_kv_heads")
-    wrong = [name for name in sizes if type(params.get(name)) is not int or params[name] < 1]
+    wrong = [name for name in _SIZES if not _is_size(params.get(name))]
     if wrong:
         raise ValueError(f"{file} lacks a whole number for {', '.join(wrong)}")
     params.setdefault("head_dim", params["dim"] // params["n_heads"])
+    moe = params.get("moe", {})
+    if not isinstance(moe, dict):
+        raise ValueError(f"{file} says moe: {moe!r}, which must have num_experts and num_experts_per_tok")
+    _require(file, params, _FURTHER_SIZES, _is_size, "a whole number of at least 1")
+    _require(file, params, ("sliding_window",), lambda n: type(n) is int and n >= 0, "a whole number")
+    _require(file, params, ("rope_theta", "ffn_dim_multiplier"), _is_positive, "a number above 0")
+    _require(file, params, ("use_scaled_rope",), lambda value: isinstance(value, bool), "true or false")
+    if "moe" in params:
+        per_tok = {"num_experts": None, "num_experts_per_tok": None, **moe}
+        _require(
+            file, per_tok, ("num_experts", "num_experts_per_tok"), _is_size, "a whole number of at least 1"
+        )
     return params
+
+
+def _require(
+    file: Path, values: dict[str, Any], names: tuple[str, ...], fits: Callable[[Any], bool], what: str
+) -> None:
+    """Refuses a value that is there and does not fit."""
+    for name in names:
+        if name in values and not fits(values[name]):
+            raise ValueError(f"{file} says {name}: {values[name]!r}, which must be {what}")
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
 
 
 def config_from_params(

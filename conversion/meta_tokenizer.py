@@ -42,21 +42,36 @@ def find_tokenizer(folder: Path, vocab_size: int, since_3_1: bool) -> FoundToken
         since_3_1: whether it is of Llama 3.1 or later, if its tokenizer is of Llama 3.
 
     Raises:
-        ValueError: if it is damaged, or has more tokens than the model.
+        ValueError: if it is damaged, or has more tokens than the model. One in the directory above may belong
+            to something else: it is taken only if it has as many tokens as the model, and left with a note
+            otherwise.
     """
     files = [path for pattern in _PATTERNS for path in sorted(folder.glob(pattern))]
-    files += [path for path in (folder.resolve().parent / _PATTERNS[0],) if path.is_file()]
-    if not files:
-        tekken = (folder / "tekken.json").is_file()
-        return FoundTokenizer(
-            notes=["tekken.json is not read: the result has no tokenizer.json"] if tekken else []
-        )
-    tokenizer, stops = _read(files[0], since_3_1)
-    if len(tokenizer) > vocab_size:
-        raise ValueError(
-            f"{files[0]} has {len(tokenizer)} tokens, but the model has rows for {vocab_size}: it belongs to "
-            "another model"
-        )
+    above = folder.resolve().parent / _PATTERNS[0]
+    if files:
+        file, notes = files[0], [f"of several tokenizers {files[0].name} is read"] if len(files) > 1 else []
+        tokenizer, stops = _read(file, since_3_1)
+        if len(tokenizer) > vocab_size:
+            raise ValueError(
+                f"{file} has {len(tokenizer)} tokens, but the model has rows for {vocab_size}: it belongs to "
+                "another model"
+            )
+    elif (folder / "tekken.json").is_file():
+        return FoundTokenizer(notes=["tekken.json is not read: the result has no tokenizer.json"])
+    elif above.is_file():
+        where = f"{above.parent.name}/{above.name}, in the directory above,"
+        try:
+            tokenizer, stops = _read(above, since_3_1)
+        except ValueError:
+            return FoundTokenizer(notes=[f"{where} cannot be read: the result has no tokenizer"])
+        if len(tokenizer) != vocab_size:
+            found = (
+                f"{where} has {len(tokenizer)} tokens and the model {vocab_size}: the result has no tokenizer"
+            )
+            return FoundTokenizer(notes=[found])
+        file, notes = above, [f"the tokenizer is {where} which has as many tokens as the model"]
+    else:
+        return FoundTokenizer()
     put_bos_first(tokenizer)
     eos = tokenizer.convert_tokens_to_ids(stops)
 
@@ -64,9 +79,9 @@ def find_tokenizer(folder: Path, vocab_size: int, since_3_1: bool) -> FoundToken
         tokenizer.save_pretrained(target)
         if len(stops) == 1:
             # For readers of this form, such as llama.cpp's converter; ranks by this name mislead them.
-            shutil.copyfile(files[0], target / _PATTERNS[0])
+            shutil.copyfile(file, target / _PATTERNS[0])
 
-    return FoundTokenizer(write, tokenizer.bos_token_id, eos if len(eos) > 1 else eos[0])
+    return FoundTokenizer(write, tokenizer.bos_token_id, eos if len(eos) > 1 else eos[0], notes)
 
 
 def _read(file: Path, since_3_1: bool) -> tuple[PreTrainedTokenizerFast, list[str]]:

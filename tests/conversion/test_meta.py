@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from tessera.conversion.convert import convert
+from tessera.conversion.sources import open_checkpoint
 from tessera.modeling.loading import load_model
 from tessera.tokenization.byte_level import GPT4_PATTERN
 
@@ -200,7 +201,21 @@ class _Object:
         ),
         (_params(n_layers=1), r"n_layers in .* is 1, but the tensors are of 2 layers"),
         (_params(multiple_of=32), r"w1.*\(176, 64\), but the configuration says \(192, 64\)"),
-        (_params(moe=3), r"params\.json"),
+        (_params(moe=3), r"params\.json says moe: 3, which must have num_experts"),
+        (_params(moe={"num_experts": 4}), r"num_experts_per_tok: None, which must be a whole number"),
+        (
+            _params(head_dim="8"),
+            r"params\.json says head_dim: '8', which must be a whole number of at least 1",
+        ),
+        (_params(head_dim=0), r"params\.json says head_dim: 0, which must be"),
+        (_params(multiple_of=0), r"params\.json says multiple_of: 0, which must be"),
+        (_params(hidden_dim=176.0), r"params\.json says hidden_dim: 176\.0, which must be"),
+        (_params(sliding_window="9"), r"params\.json says sliding_window: '9', which must be a whole number"),
+        (_params(rope_theta="1e4"), r"params\.json says rope_theta: '1e4', which must be a number above 0"),
+        (
+            _params(use_scaled_rope="no"),
+            r"params\.json says use_scaled_rope: 'no', which must be true or false",
+        ),
         (_params(norm_eps="small"), r"params\.json.*rms_norm_eps"),
         (_params(quantization_args={"scheme": "int4"}), "quantization_args.* no part of a Llama"),
         (_tensors(lambda t: t.pop("layers.1.attention.wo.weight")), r"differ in layers\.1\.attention\.wo"),
@@ -226,7 +241,8 @@ def test_what_does_not_fit_is_refused_in_a_sentence(change, sentence, tmp_path):
 def test_a_sentencepiece_model_becomes_a_tokenizer_that_begins_each_text(above, tmp_path):
     folder = write_meta(tmp_path / "meta", meta_weights(tiny_llama(vocab_size=300)), LLAMA_2)
     data = train_sentencepiece((tmp_path if above else folder) / "tokenizer.model", 300)
-    convert(folder, tmp_path / "ours")
+    done = convert(folder, tmp_path / "ours")
+    assert any("tokenizer.model, in the directory above, which" in note for note in done.notes) is above
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
     model = sentencepiece.SentencePieceProcessor(model_proto=data)
     for text in ("the little girl named Lily.", "  two  spaces\n é 🙂", ""):
@@ -268,3 +284,38 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.model has 300 tokens, but the model has rows for 96"):
         convert(folder, tmp_path / "ours")
     assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize(("vocab_size", "damaged"), [(96, False), (1000, False), (96, True)])
+def test_a_tokenizer_above_that_does_not_fit_is_left_with_a_note(vocab_size, damaged, tmp_path):
+    folder = write_meta(tmp_path / "meta", meta_weights(tiny_llama(vocab_size=vocab_size)), LLAMA_2)
+    if damaged:
+        (tmp_path / "tokenizer.model").write_bytes(b"something else")
+    else:
+        train_sentencepiece(tmp_path / "tokenizer.model", 300)
+    done = convert(folder, tmp_path / "ours", verify="weights")
+    sentence = "cannot be read" if damaged else f"has 300 tokens and the model {vocab_size}"
+    (note,) = [note for note in done.notes if "tokenizer.model" in note]
+    assert sentence in note and "the result has no tokenizer" in note
+    assert not list((tmp_path / "ours").glob("tokenizer*"))
+
+
+def test_what_is_no_model_is_told_with_what_would_be_one(tmp_path):
+    folder = write_meta(tmp_path / "meta", meta_weights(tiny_llama()), LLAMA_2)
+    (tmp_path / "hub").mkdir()
+    for name in ("meta/a.gguf", "hub/model.safetensors", "notes.txt", "model_000000.pt"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    (tmp_path / "empty").mkdir()
+    for source, sentence in (
+        (folder / "a.gguf", "is a GGUF file, which is written and not read"),
+        (folder / "consolidated.00.pth", f"name the directory, {folder}"),
+        (tmp_path / "hub/model.safetensors", f"name the directory, {tmp_path / 'hub'}"),
+        (tmp_path / "model_000000.pt", f"name the directory, {tmp_path}"),
+        (tmp_path / "empty", "holds no model.safetensors.*; what is read is a directory of transformers"),
+        (tmp_path / "nothing", "there is no checkpoint"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            open_checkpoint(source)
+    (tmp_path / "model_000000.pt").unlink()
+    with pytest.raises(ValueError, match=r"notes\.txt is no model; what is read is"):
+        open_checkpoint(tmp_path / "notes.txt")
