@@ -107,7 +107,7 @@ def open_source(path: Path) -> Checkpoint:
     config = _config(header)
     tokenizer = find_tokenizer(file.parent, header.vocab_size)
     ours = to_ours(tensors, config, META_RULES)
-    return Checkpoint(path, "llama2.c", config, ours, write_tokenizer=tokenizer)
+    return Checkpoint(path, "llama2.c", config, ours, notes=tokenizer.notes, write_tokenizer=tokenizer.write)
 
 
 def read_header(file: Path) -> Header | None:

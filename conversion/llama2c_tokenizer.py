@@ -5,9 +5,9 @@ spaces are stripped nor whether one is put before a text; taken is what llama2.c
 stripped, and one is put. Where the SentencePiece model itself lies beside it, that is read instead.
 """
 
+import math
 import shutil
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -24,42 +24,56 @@ from tessera.tokenization.sentencepiece_models import (
     tokenizer_of_pieces,
 )
 
+from .checkpoints import FoundTokenizer
 from .meta_tokenizer import put_bos_first
 
 _ENTRY = struct.Struct("<fI")
 # The first three ids; the file has line breaks around the names of the last two.
 _ROLES = {"unk": 0, "bos": 1, "eos": 2}
+# No tokenizer is longer, and files of token ids have such names too.
+_MOST_BYTES = 2**26
 
 
-def find_tokenizer(folder: Path, vocab_size: int) -> Callable[[Path], None] | None:
-    """Finds the tokenizer of a model: `tok*.model` or `tok*.bin` with as many pieces.
+def find_tokenizer(folder: Path, vocab_size: int) -> FoundTokenizer:
+    """Finds the tokenizer of a model: the one `tok*.model`, or else `tok*.bin`, with as many pieces.
 
-    Returns:
-        What writes it into a directory; None if there is no such file.
-
-    Raises:
-        ValueError: if a file is damaged, or all have another number of pieces.
+    Data and the tokenizers of other models have such names as well. So what cannot be read or does not fit
+    is no obstacle: where not exactly one is left there is none, and a note says why.
     """
     others = []
-    for file in (*sorted(folder.glob("tok*.model")), *sorted(folder.glob("tok*.bin"))):
-        tokenizer = read_tokenizer(file)
-        if len(tokenizer) == vocab_size:
+    for kind in ("tok*.model", "tok*.bin"):
+        fitting = []
+        for file in sorted(folder.glob(kind)):
+            try:
+                tokenizer = read_tokenizer(file)
+            except ValueError as error:
+                others.append(str(error).replace(str(file), file.name))
+                continue
+            if len(tokenizer) == vocab_size:
+                fitting.append((file, tokenizer))
+            else:
+                others.append(f"{file.name} has {len(tokenizer)} pieces")
+        if len(fitting) == 1:
+            return _found(*fitting[0])
+        if fitting:
+            others = [f"{', '.join(file.name for file, _ in fitting)} fit alike"]
+            break
+    if not others:
+        return FoundTokenizer()
+    note = (
+        f"the result has no tokenizer, as not exactly one beside the model has its {vocab_size} pieces "
+        f"({'; '.join(others)})"
+    )
+    return FoundTokenizer(notes=[note])
 
-            def write(
-                target: Path, tokenizer: PreTrainedTokenizerFast = tokenizer, file: Path = file
-            ) -> None:
-                tokenizer.save_pretrained(target)
-                if file.suffix == ".model":
-                    shutil.copyfile(file, target / "tokenizer.model")
 
-            return write
-        others.append(f"{file.name} has {len(tokenizer)}")
-    if others:
-        raise ValueError(
-            f"no tokenizer in {folder} has the model's {vocab_size} pieces ({', '.join(others)}); put the "
-            "right one there, or none"
-        )
-    return None
+def _found(file: Path, tokenizer: PreTrainedTokenizerFast) -> FoundTokenizer:
+    def write(target: Path) -> None:
+        tokenizer.save_pretrained(target)
+        if file.suffix == ".model":
+            shutil.copyfile(file, target / "tokenizer.model")
+
+    return FoundTokenizer(write)
 
 
 def read_tokenizer(file: Path) -> PreTrainedTokenizerFast:
@@ -84,8 +98,10 @@ def read_pieces(file: Path) -> list[Piece]:
     """Reads pieces and scores: the length of the longest piece, then score, length and bytes of each.
 
     Raises:
-        ValueError: if the file ends within a piece, or a piece is no text.
+        ValueError: if the file ends within a piece, a piece is no text, or a score no number.
     """
+    if file.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{file} is not a tokenizer of llama2.c: it is too long")
     data = file.read_bytes()
     position, pieces = 4, []
     while position < len(data):
@@ -98,6 +114,8 @@ def read_pieces(file: Path) -> list[Piece]:
                 f"{file} is cut short: piece {len(pieces)} has {length} bytes, but "
                 f"{len(data) - position} are left"
             )
+        if not math.isfinite(score):
+            raise ValueError(f"{file} is damaged: the score of piece {len(pieces)} is {score}")
         try:
             text = data[position : position + length].decode("utf-8")
         except UnicodeDecodeError as error:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from tessera.conversion.convert import convert
+from tessera.conversion.llama2c_tokenizer import find_tokenizer, read_tokenizer
 from tessera.modeling.loading import load_model
 
 SHARED = Path(os.environ.get("TESSERA_SHARED", Path(__file__).parents[2].parent / "shared"))
@@ -185,22 +186,42 @@ def test_the_tokenizer_has_sentencepieces_ids_after_a_beginning(keep, tmp_path):
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
 
 
-def test_a_tokenizer_that_is_damaged_or_of_another_model_is_refused(tmp_path):
+def test_a_tokenizer_that_is_damaged_or_of_another_model_is_left_with_a_note(tmp_path):
     model = sentencepiece.SentencePieceProcessor(model_proto=train_sentencepiece(tmp_path / "t.model", 300))
     (tmp_path / "t.model").unlink()
-    write_bin(tmp_path / "model.bin", tiny_llama(), 0)
+    write_bin(tmp_path / "model.bin", tiny_llama(vocab_size=300), 0)
     data = export_pieces(model)
+    # The score of the first piece.
+    unscored = data[:4] + struct.pack("<f", float("nan")) + data[8:]
+
+    def found(**files: bytes):
+        for file in tmp_path.glob("tok*"):
+            file.unlink()
+        for name, content in files.items():
+            (tmp_path / f"{name}.bin").write_bytes(content)
+        return find_tokenizer(tmp_path, 300)
+
     for content, sentence in (
-        (data, r"has the model's 96 pieces \(tokenizer.bin has 300\)"),
         (data[:-1], "tokenizer.bin is cut short: piece 299 has"),
         (data[:-6], "cut short"),
-        (data[:4], "is not a tokenizer of llama2.c"),
+        (data[:4], "tokenizer.bin is not a tokenizer of llama2.c"),
         (data[:-1] + b"\xff", "tokenizer.bin: piece 299 is not UTF-8"),
+        (unscored, "tokenizer.bin is damaged: the score of piece 0 is nan"),
+        (data + struct.pack("<fI", -1.0, 1) + b"%", "tokenizer.bin has 301 pieces"),
     ):
-        (tmp_path / "tokenizer.bin").write_bytes(content)
-        with pytest.raises(ValueError, match=sentence):
-            convert(tmp_path / "model.bin", tmp_path / "ours")
-    assert not (tmp_path / "ours").exists()
+        left = found(tokenizer=content)
+        assert left.write is None and sentence in left.notes[0]
+    # Ids of a text, and a sparse file that is not to be read into memory.
+    ids = np.arange(4000, dtype=np.uint16).tobytes()
+    assert found(tokens=ids, tok300=data).write is not None
+    with open(tmp_path / "tokens.bin", "r+b") as stream:
+        stream.truncate(2**26 + 1)
+    assert find_tokenizer(tmp_path, 300).notes == []
+    assert "tok1.bin, tok2.bin fit alike" in found(tok1=data, tok2=data).notes[0]
+    found(tokens=ids)
+    done = convert(tmp_path / "model.bin", tmp_path / "ours", verify="weights")
+    assert "not exactly one beside the model has its 300 pieces (tokens.bin" in done.notes[0]
+    assert not list((tmp_path / "ours").glob("tokenizer*"))
 
 
 # ---- shared data ----
@@ -208,7 +229,6 @@ def test_a_tokenizer_that_is_damaged_or_of_another_model_is_refused(tmp_path):
 
 @pytest.mark.shared
 def test_mistrals_tokenizer_as_a_bin_file_has_sentencepieces_ids(tmp_path):
-    from tessera.conversion.llama2c_tokenizer import read_tokenizer
     from tessera.tokenization.reference_codecs import huggingface_codec, sentencepiece_codec
     from tessera.tokenization.verify import require_same
 
