@@ -18,7 +18,7 @@ NO_VENV := echo "make setup: $(PYTHON) cannot make a virtual environment with pi
     "(on Debian or Ubuntu: apt install python3-venv) and run this again" >&2; exit 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo chain examples test test-contract test-shared test-slow test-gpu test-distributed test-browser lint wheel clean
+.PHONY: help setup demo chain examples test test-contract test-shared test-slow test-gpu test-distributed test-browser test-llama-cpp lint wheel clean
 
 help: ## list the targets
 	@awk -F ': .*## ' '/^[a-z-]+:.* ## / { printf "  make %-18s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -86,6 +86,16 @@ test-browser: setup ## the chat page in a headless Chromium (Debian: apt install
 	    echo "make test-browser: chromium and chromedriver are not installed" \
 	         "(Debian: apt install chromium chromium-driver)" >&2; exit 1; }
 	$(PYTEST) -m browser
+
+LLAMA_CPP_PYTHON := llama-cpp-python==0.3.36
+
+test-llama-cpp: setup ## run GGUF files with llama.cpp itself, which is built for it (a quarter of an hour on two cores)
+	@command -v c++ >/dev/null && command -v cmake >/dev/null || { \
+	    echo "make test-llama-cpp: $(LLAMA_CPP_PYTHON) is built from source and needs a C++ compiler and CMake" \
+	         "(Debian: apt install g++ cmake)" >&2; exit 1; }
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_CURL=OFF" \
+	    $(PY) -m pip install -q -c constraints.txt $(LLAMA_CPP_PYTHON)
+	TESSERA_SHARED="$(TESSERA_SHARED)" $(ON_CPU) $(PYTEST) tests/conversion/test_llama_cpp.py
 
 lint: setup ## ruff: rules and format
 	$(PY) -m ruff check .
