@@ -74,7 +74,7 @@ def test_a_file_is_the_llama_with_permuted_weights(version, tied, tmp_path):
     with torch.no_grad():
         expected = model(IDS).logits
         torch.testing.assert_close(load_model(tmp_path / "ours")(IDS).logits, expected, atol=1e-5, rtol=0)
-    convert(tmp_path / "ours", tmp_path / "llama", to="llama")
+    convert(tmp_path / "ours", tmp_path / "llama", to="llama", verify="weights")
     found = load_file(tmp_path / "llama" / "model.safetensors")
     for name, tensor in model.state_dict().items():
         assert torch.equal(found.get(name, found["model.embed_tokens.weight"]), tensor)

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from tessera import cli
 from tessera.conversion.convert import convert
 from tessera.conversion.nanochat_original import RULES
-from tessera.conversion.nanochat_tokenizer import read_tokenizer
+from tessera.conversion.nanochat_tokenizer import find_tokenizer, read_tokenizer
 from tessera.conversion.rules import to_theirs
 from tessera.modeling.loading import load_model
 
@@ -165,8 +165,8 @@ def test_every_dtype_of_a_file_comes_back(dtype, embeddings, tmp_path):
         name: tensor.to(embeddings if "wte" in name or "value_embeds" in name else dtype)
         for name, tensor in weights.items()
     }
-    convert(write_nanochat(tmp_path / "nanochat", weights, args), tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "back", to="nanochat-original")
+    convert(write_nanochat(tmp_path / "nanochat", weights, args), tmp_path / "ours", verify="weights")
+    convert(tmp_path / "ours", tmp_path / "back", to="nanochat-original", verify="weights")
     assert_same_bits(read_written(tmp_path / "back")[0], weights)
 
 
@@ -174,11 +174,15 @@ def test_what_older_files_lack_is_what_nanochat_puts_there(tmp_path):
     _, weights, args = july()
     depth = args["n_layer"]
     whole = {**weights, "resid_lambdas": torch.ones(depth), "x0_lambdas": torch.zeros(depth)}
-    convert(write_nanochat(tmp_path / "whole", whole, {**args, "window_pattern": "L"}), tmp_path / "a")
+    convert(
+        write_nanochat(tmp_path / "whole", whole, {**args, "window_pattern": "L"}),
+        tmp_path / "a",
+        verify="weights",
+    )
     for name in ("resid_lambdas", "x0_lambdas"):
         del weights[name]
     del args["window_pattern"]
-    convert(write_nanochat(tmp_path / "old", weights, args), tmp_path / "b")
+    convert(write_nanochat(tmp_path / "old", weights, args), tmp_path / "b", verify="weights")
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
@@ -189,10 +193,10 @@ def test_what_older_files_lack_is_what_nanochat_puts_there(tmp_path):
 def test_the_last_layer_is_full_whatever_the_pattern_says(pattern, letters, tmp_path):
     _, weights, args = july()
     write_nanochat(tmp_path / "nanochat", weights, {**args, "window_pattern": pattern})
-    convert(tmp_path / "nanochat", tmp_path / "ours")
+    convert(tmp_path / "nanochat", tmp_path / "ours", verify="weights")
     kinds = load_model(tmp_path / "ours").config.layer_types
     assert "".join("L" if kind.startswith("full") else "S" for kind in kinds) == letters
-    convert(tmp_path / "ours", tmp_path / "back", to="nanochat-original")
+    convert(tmp_path / "ours", tmp_path / "back", to="nanochat-original", verify="weights")
     written = read_written(tmp_path / "back")[1]["window_pattern"]
     assert "".join(written[i % len(written)] for i in range(3)) == letters[:3]
 
@@ -201,10 +205,10 @@ def test_the_last_layer_is_full_whatever_the_pattern_says(pattern, letters, tmp_
 def test_rows_past_the_vocabulary_become_as_many_as_nanochat_makes(rows, tmp_path):
     model = nanochat_model(vocab_size=250, padded_vocab_size=rows)
     model.save_pretrained(tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "nanochat", to="nanochat-original")
+    convert(tmp_path / "ours", tmp_path / "nanochat", to="nanochat-original", verify="weights")
     found, _ = read_written(tmp_path / "nanochat")
     assert len(found["lm_head.weight"]) == len(found["value_embeds.1.weight"]) == 256
-    convert(tmp_path / "nanochat", tmp_path / "again")
+    convert(tmp_path / "nanochat", tmp_path / "again", verify="weights")
     torch.testing.assert_close(logits(load_model(tmp_path / "again")), logits(model), atol=1e-6, rtol=0)
 
 
@@ -317,21 +321,30 @@ def with_vocabulary(tmp_path):
     model.save_pretrained(tmp_path / "model")
     folder = tmp_path / "nanochat" / "base_checkpoints" / "d4"
     folder.parent.mkdir(parents=True)
-    convert(tmp_path / "model", folder, to="nanochat-original")
+    convert(tmp_path / "model", folder, to="nanochat-original", verify="weights")
     return folder
 
 
 def test_a_pickled_tokenizer_is_not_read_and_the_way_out_is_told(with_vocabulary, tmp_path):
     # Reading it would raise.
     (with_vocabulary / "tokenizer.pkl").write_bytes(b"")
-    done = convert(with_vocabulary, tmp_path / "ours")
+    done = convert(with_vocabulary, tmp_path / "ours", verify="weights")
     assert len(done.notes) == 1 and "tokenizer.pkl is a pickle, which is not read" in done.notes[0]
     assert not (tmp_path / "ours" / "tokenizer.json").exists()
 
 
 @pytest.mark.parametrize("place", [".", "tokenizer", "../../tokenizer"])
-def test_ranks_become_a_tokenizer_with_tiktokens_ids_and_go_back(place, with_vocabulary, tmp_path):
-    data = write_rank_file(with_vocabulary / place / "tokenizer.tiktoken")
+def test_ranks_are_found_beside_a_checkpoint_and_above_it(place, tmp_path):
+    folder = tmp_path / "nanochat" / "base_checkpoints" / "d4"
+    folder.mkdir(parents=True)
+    size = nanochat_encoding().n_vocab
+    assert find_tokenizer(folder, size).write is None
+    write_rank_file(folder / place / "tokenizer.tiktoken")
+    assert find_tokenizer(folder, size).bos_token_id == size - len(SPECIAL_TOKENS)
+
+
+def test_ranks_become_a_tokenizer_with_tiktokens_ids_and_go_back(with_vocabulary, tmp_path):
+    data = write_rank_file(with_vocabulary / "tokenizer.tiktoken")
     assert not convert(with_vocabulary, tmp_path / "ours").notes
     tokenizer, encoding = AutoTokenizer.from_pretrained(tmp_path / "ours"), nanochat_encoding()
     for text in ("the thing 12345 isn't\n\nall\r\n é <|bos|>", "  \n x\t\n\n\n12", "I'LL we've 'S é́", ""):
@@ -369,17 +382,17 @@ def test_a_rank_file_of_another_model_or_a_damaged_one_is_refused(with_vocabular
 def test_a_tokenizer_that_nanochat_cannot_have_is_named_and_kept(with_vocabulary, tmp_path):
     file = with_vocabulary / "tokenizer.tiktoken"
     write_rank_file(file)
-    convert(with_vocabulary, tmp_path / "ours")
+    convert(with_vocabulary, tmp_path / "ours", verify="weights")
     # Another split, which no probe but the last shows the ranks to be right for.
     state = json.loads((tmp_path / "ours" / "tokenizer.json").read_text())
     state["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{L}+|\p{N}|[^\p{L}\p{N}]+"
     (tmp_path / "ours" / "tokenizer.json").write_text(json.dumps(state))
-    done = convert(tmp_path / "ours", tmp_path / "back", to="nanochat-original")
+    done = convert(tmp_path / "ours", tmp_path / "back", to="nanochat-original", verify="weights")
     assert "tokenizer.tiktoken, which nanochat needs, is not written: with nanochat's rules" in done.notes[0]
     assert not (tmp_path / "back" / "tokenizer.tiktoken").exists()
     state["added_tokens"] = state["added_tokens"][:-1]
     (tmp_path / "ours" / "tokenizer.json").write_text(json.dumps(state))
-    done = convert(tmp_path / "ours", tmp_path / "again", to="nanochat-original")
+    done = convert(tmp_path / "ours", tmp_path / "again", to="nanochat-original", verify="weights")
     assert "its special tokens are not nanochat's" in done.notes[0]
 
 
