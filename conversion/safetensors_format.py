@@ -222,6 +222,9 @@ def _read_entry(file: Path, name: str, entry: object, start: int) -> Place:
         raise ValueError(f"{name} has the unknown dtype {word!r}")
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"shape and data_offsets of {name} are not all numbers from 0 on")
+    # Sizes beside a 0 cost no byte, and still have no tensor.
+    if math.prod(size for size in shape if size) * DTYPES[word].itemsize >= 2**63:
+        raise ValueError(f"{name} of shape {tuple(shape)} is larger than any tensor")
     needed = math.prod(shape) * DTYPES[word].itemsize
     if offsets[1] - offsets[0] != needed:
         raise ValueError(

@@ -56,7 +56,7 @@ class WeightWriter:
         self._worker = ThreadPoolExecutor(1)
         self._pending: Future | None = None
         for file, tensors in files.items():
-            self._open(file, tensors)
+            self._prepare(file, tensors)
 
     def __enter__(self) -> "WeightWriter":
         return self
@@ -91,19 +91,22 @@ class WeightWriter:
         self._wait()
         self._pending = self._worker.submit(self._store, file, name, tensor, not self._missing[file])
 
-    def _open(self, file: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _prepare(self, file: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Lays a file out and finds what is in it; it is not kept open, as a model may have very many."""
         unfinished = self._folder / (file + _UNFINISHED)
         if (self._folder / file).is_file():
             (self._folder / file).rename(unfinished)
         start, places = lay_out(tensors, unfinished, self._metadata)
         self._places[file], self._missing[file] = places, set(places)
         try:
-            handle = os.open(unfinished, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-            self._handles[file] = handle
-            known = os.pread(handle, len(start), 0) == start
-            if not known:
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, start, 0)
+            handle = self._open(file)
+            try:
+                known = os.pread(handle, len(start), 0) == start
+                if not known:
+                    os.ftruncate(handle, 0)
+                    os.pwrite(handle, start, 0)
+            finally:
+                os.close(self._handles.pop(file))
         except OSError as error:
             raise self._refused(file, error) from error
         if known and self._journal is not None:
@@ -114,17 +117,26 @@ class WeightWriter:
                     self._journal.bytes_found += place.end - place.begin
                     self._journal.on_bytes(place.end - place.begin)
         if not self._missing[file]:
+            self._open(file)
             self._finish(file)
+
+    def _open(self, file: str) -> int:
+        """A file's handle: from its first tensor to its last."""
+        if file not in self._handles:
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
+            self._handles[file] = os.open(self._folder / (file + _UNFINISHED), flags, 0o666)
+        return self._handles[file]
 
     def _store(self, file: str, name: str, tensor: torch.Tensor, last: bool) -> None:
         data = as_bytes(tensor)
         try:
+            handle = self._open(file)
             view, at = memoryview(data.numpy()), self._places[file][name].begin
             # One write takes two gigabytes at most.
             while view:
-                count = os.pwrite(self._handles[file], view, at)
+                count = os.pwrite(handle, view, at)
                 view, at = view[count:], at + count
-            _start_writing_back(self._handles[file], at - len(data), len(data))
+            _start_writing_back(handle, at - len(data), len(data))
             self._unflushed += len(data)
             if self._journal is not None:
                 self._entries.append((file, name, _checksum(data)))

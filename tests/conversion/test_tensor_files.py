@@ -1,6 +1,7 @@
 """Safetensors read and written tensor by tensor: the library's bytes, and a sentence for each damage."""
 
 import json
+import os
 import struct
 
 import pytest
@@ -76,6 +77,32 @@ def test_a_file_that_is_not_complete_has_no_name_that_anything_loads(tmp_path):
         writer.write("model.safetensors", "b", tensors["b"])
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors.part"]
+
+
+def test_very_many_files_are_not_open_at_once_and_those_of_ranks_are(tmp_path):
+    resource = pytest.importorskip("resource")
+    tensors = {f"t{i:03d}": torch.full((3,), float(i)) for i in range(200)}
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    room = len(os.listdir("/dev/fd")) + 40
+    resource.setrlimit(resource.RLIMIT_NOFILE, (room, limits[1]))
+    try:
+        write_safetensors(tmp_path, tensors, largest_file=12)
+        with WeightWriter(tmp_path, {"x": {"a": torch.ones(2)}, "y": {"a": torch.ones(2)}}) as writer:
+            for file in "xy":
+                writer.write(file, "a", torch.ones(2))
+        files = [tmp_path / f"{i}" for i in range(60)]
+        with pytest.raises(OSError, match="cannot be written: Too many open files"):
+            with WeightWriter(
+                tmp_path, {f.name: {"a": torch.ones(2), "b": torch.ones(2)} for f in files}
+            ) as w:
+                for file in files:
+                    w.write(file.name, "a", torch.ones(2))
+                w.write("0", "b", torch.ones(2))
+        assert len(os.listdir("/dev/fd")) <= room - 40, "all are closed"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(files) == 200 and load_file(files[-1])["t199"].tolist() == [199.0] * 3
 
 
 def test_a_tensor_that_is_not_what_was_announced_is_refused(tmp_path):
@@ -158,6 +185,10 @@ def entry(name, **values):
         (
             lambda f: rewrite_header(f, entry("a", shape=[3])),
             r"a of shape \(3,\) and dtype F32 takes 12 bytes",
+        ),
+        (
+            lambda f: rewrite_header(f, entry("a", shape=[0, 2**62, 2**62], data_offsets=[0, 0])),
+            r"a of shape \(0, .*\) is larger than any tensor",
         ),
         (lambda f: rewrite_header(f, entry("b", data_offsets=[9, 21])), "b begins at byte .*, not where"),
         (lambda f: rewrite_header(f, entry("b", data_offsets=[0, 12])), "begins at byte"),
