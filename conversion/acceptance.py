@@ -94,19 +94,7 @@ def accept(
     verdict.add(*checks)
     verdict.notes += notes
     if kind != "weights":
-        layers = _choose(verdict, written, kind, memory)
-        try:
-            _compare_logits(verdict, written, result, rounding, text, layers)
-        except (RuntimeError, IndexError, MemoryError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            # The last is how oneDNN says it.
-            if isinstance(error, MemoryError) or re.search("memory|create a primitive", str(error)):
-                raise ValueError(
-                    "memory is not enough to compare logits: name less with --verify-memory, or choose "
-                    f"--verify sample or weights ({reason})"
-                ) from error
-            # A configuration can fit the weights and still make no model.
-            raise ValueError(f"source or result does not run: {reason}; nothing is kept") from error
+        _compare_logits(verdict, written, result, rounding, text, _choose(verdict, written, kind, memory))
     return verdict
 
 
@@ -153,21 +141,25 @@ def _side_files(source: Checkpoint, result: Checkpoint) -> list[Check]:
     files = source.side_files
     if not files:
         return []
+    names = [str(file.relative_to(source.folder)) for file in files]
     wrong = [
-        file.name
-        for file in files
-        if not (result.folder / file.name).is_file()
-        or (result.folder / file.name).read_bytes() != file.read_bytes()
+        name
+        for name in names
+        if not (result.folder / name).is_file()
+        or (result.folder / name).read_bytes() != (source.folder / name).read_bytes()
     ]
     checks = [Check("files beside the weights", not wrong, ", ".join(wrong) or f"{len(files)}, equal bytes")]
-    for name in {file.name for file in files} & {"generation_config.json"}:
+    for name in {"generation_config.json"}.intersection(names):
         same = read_json(source.folder / name) == read_json(result.folder / name)
         checks.append(Check("generation settings", same, "equal" if same else "differ"))
     return checks
 
 
 def _choose(verdict: Verdict, written: Written, kind: str | None, memory: int | None) -> list[int] | None:
-    """The layers to run, an empty list for all of them; None, with a note, if not even a few fit."""
+    """The layers to run, an empty list for all of them; None, with a note, if not even a few fit.
+
+    Who asked for a sample gets one or an error.
+    """
     config = written.config
     memory = free_memory() if memory is None else memory
     if kind == "full" or (kind is None and memory_needed(config) <= memory):
@@ -178,10 +170,12 @@ def _choose(verdict: Verdict, written: Written, kind: str | None, memory: int | 
             of_all = f"layers {', '.join(map(str, layers))} of {config.num_hidden_layers}"
             verdict.notes.append(f"logits are compared on a sample: {of_all}")
             return layers
-    verdict.notes.append(
-        f"logits are not compared: {memory_needed(config, 1):,} bytes of memory are needed for one layer, "
-        f"{memory:,} may be taken"
+    figures = (
+        f"{memory_needed(config, 1):,} bytes of memory are needed for one layer, {memory:,} may be taken"
     )
+    if kind is not None:
+        raise ValueError(f"--verify {kind} is not possible: {figures}; nothing is kept")
+    verdict.notes.append(f"logits are not compared: {figures}")
     return None
 
 
@@ -195,6 +189,28 @@ def _compare_logits(
 ) -> None:
     if layers is None:
         return
+    try:
+        _run_and_compare(verdict, written, result, rounding, text, layers)
+    except (RuntimeError, IndexError, MemoryError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # The last is how oneDNN says it.
+        if isinstance(error, MemoryError) or re.search("memory|create a primitive", str(error)):
+            raise ValueError(
+                "memory is not enough to compare logits: name less with --verify-memory, or choose "
+                f"--verify sample or weights ({reason})"
+            ) from error
+        # A configuration can fit the weights and still make no model.
+        raise ValueError(f"source or result does not run: {reason}; nothing is kept") from error
+
+
+def _run_and_compare(
+    verdict: Verdict,
+    written: Written,
+    result: Checkpoint,
+    rounding: torch.dtype | None,
+    text: list[int],
+    layers: list[int],
+) -> None:
     config, source = written.config, written.source
 
     def build(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:

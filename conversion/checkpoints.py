@@ -23,6 +23,8 @@ SIDE_FILES = re.compile(
     r"|special_tokens_map\.json|added_tokens\.json"
     r"|vocab\.(json|txt)|merges\.txt|spiece\.model|tekken\.json|generation_config\.json"
 )
+# Where a tokenizer with several chat templates has all but the first.
+TEMPLATES = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,19 @@ class Checkpoint:
 
     @property
     def side_files(self) -> list[Path]:
-        """Tokenizer, chat template and generation settings beside the weights, as they will stay."""
+        """Tokenizer, chat templates and generation settings beside the weights, as they will stay."""
         if not self.folder.is_dir():
             return []
         found = sorted(p for p in self.folder.iterdir() if p.is_file() and SIDE_FILES.fullmatch(p.name))
+        found += sorted((self.folder / TEMPLATES).glob("*.jinja"))
         other_form = self.write_tokenizer is not None
         return [p for p in found if not (other_form and p.name.startswith("tokenizer"))]
 
     def copy_side_files(self, folder: Path) -> None:
-        """Brings tokenizer, chat template and generation settings into another directory."""
+        """Brings tokenizer, chat templates and generation settings into another directory."""
         for file in self.side_files:
-            shutil.copyfile(file, folder / file.name)
+            copy = folder / file.relative_to(self.folder)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, copy)
         if self.write_tokenizer is not None:
             self.write_tokenizer(folder)

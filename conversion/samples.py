@@ -31,6 +31,8 @@ LAYERS = 3
 _LAYER = re.compile(r"((?:\w+\.)*?(?:layers|h)\.)(\d+)(\..+)")
 # Bytes beside the weights: activations, and what the library's threads that load a model reserve.
 _RESERVE = 3 * 10**8
+# This process's own control group, in a container.
+_GROUP = Path("/sys/fs/cgroup")
 _DEPTH = ("num_hidden_layers", "n_layer")
 _AHEAD = ("num_mtp_layers", "num_nextn_predict_layers")
 
@@ -38,9 +40,13 @@ _AHEAD = ("num_mtp_layers", "num_nextn_predict_layers")
 def free_memory() -> int:
     """Bytes that this process can still take, by the machine, its control group and its own limits."""
     limits = [psutil.virtual_memory().available]
-    group = Path("/sys/fs/cgroup")
+    group = _GROUP
     try:
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        taken = int((group / "memory.current").read_text())
+        # Pages of files that were read once are given up for anything else.
+        if pages := re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.MULTILINE):
+            taken -= int(pages[1])
+        limits.append(int((group / "memory.max").read_text()) - taken)
     except (OSError, ValueError):
         pass  # no such group, or no limit in it
     if os.name == "posix":

@@ -8,6 +8,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from tessera.modeling.loading import read_json
+
 from .checkpoints import Checkpoint
 from .report import Check
 
@@ -19,6 +21,7 @@ SAMPLE_TEXT = (
 )
 # Any of these sets is one.
 _FILES = (("tokenizer.json",), ("tokenizer.model",), ("spiece.model",), ("vocab.json", "merges.txt"))
+_SETTINGS = "tokenizer_config.json"
 
 
 def require_fitting_tokenizer(checkpoint: Checkpoint) -> None:
@@ -46,7 +49,7 @@ def compare_tokenizers(source: Checkpoint, result: Checkpoint) -> tuple[list[Che
         The checks, notes on what could not be compared, and the ids of the sample text where there are some.
 
     Raises:
-        ValueError: if the result's has more tokens than the model.
+        ValueError: if the result's has ids past the model's.
     """
     ours, why = load_tokenizer(result.folder)
     theirs, why_theirs = _load_theirs(source)
@@ -56,24 +59,37 @@ def compare_tokenizers(source: Checkpoint, result: Checkpoint) -> tuple[list[Che
         reason = why_theirs or why
         note = f"the tokenizer could not be loaded, so its ids are not compared: {reason}"
         return [], [note] if reason else [], []
-    ids = [] if ours is None else ours(SAMPLE_TEXT)["input_ids"]
+    ids, refusal = _encode(ours)
     if theirs is None:  # it comes in another form, which only its own conversion reads
-        return [], [], ids
-    expected = theirs(SAMPLE_TEXT)["input_ids"]
+        return [], [f"{refusal}, so no text is run"] if refusal else [], ids
+    expected, expected_refusal = _encode(theirs)
     if ours is None:
         return [Check("tokenizer", False, why or "the result has none")], [], expected
+    # One that has no token for what it does not know is whole all the same.
+    notes = [f"{refusal}, so its vocabulary is compared and no ids"] if refusal else []
     differing = [
         what
         for what, one, other in (
-            ("ids", expected, ids),
+            ("ids", (expected, expected_refusal), (ids, refusal)),
             ("vocabulary", theirs.get_vocab(), ours.get_vocab()),
             ("special tokens", theirs.special_tokens_map, ours.special_tokens_map),
             ("chat template", theirs.chat_template, ours.chat_template),
         )
         if one != other
     ]
-    found = f"{' and '.join(differing)} differ" if differing else f"{len(ours):,} tokens, equal ids"
-    return [Check("tokenizer", not differing, found)], [], ids
+    equal = f"{len(ours):,} tokens, equal {'vocabulary' if refusal else 'ids'}"
+    found = f"{' and '.join(differing)} differ" if differing else equal
+    return [Check("tokenizer", not differing, found)], notes, ids
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase | None) -> tuple[list[int], str]:
+    """The ids of the sample text, or why there are none."""
+    if tokenizer is None:
+        return [], ""
+    try:
+        return tokenizer(SAMPLE_TEXT)["input_ids"], ""
+    except Exception as error:  # the library has no class of its own for this
+        return [], f"the tokenizer does not encode the sample text: {' '.join(str(error).split())[:120]}"
 
 
 def _load_theirs(source: Checkpoint) -> tuple[PreTrainedTokenizerBase | None, str]:
@@ -86,14 +102,21 @@ def load_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerBase | None, str]:
     if not any(all((folder / name).is_file() for name in names) for names in _FILES):
         return None, ""
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True), ""
+        # Code that comes with a tokenizer is not run, and nobody is asked whether it shall be.
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False), ""
     except Exception as error:  # whatever a tokenizer of any kind raises
+        if (folder / _SETTINGS).is_file() and "auto_map" in read_json(folder / _SETTINGS):
+            return None, f"it needs code of its own (auto_map in {_SETTINGS}), which is not run"
         return None, f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def _require_size(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> None:
-    if len(tokenizer) > checkpoint.config.vocab_size:
+    vocabulary = tokenizer.get_vocab()
+    # Ids may have gaps, so the number of tokens says too little.
+    token = max(vocabulary, key=vocabulary.__getitem__, default=None)
+    if token is not None and vocabulary[token] >= checkpoint.config.vocab_size:
         raise ValueError(
-            f"{checkpoint.folder}: the tokenizer has {len(tokenizer):,} tokens, but the model's vocabulary "
-            f"{checkpoint.config.vocab_size:,} (vocab_size): one of them belongs to another model"
+            f"{checkpoint.folder}: the tokenizer's largest id is {vocabulary[token]:,} ({token!r}), but the "
+            f"model has rows for {checkpoint.config.vocab_size:,} (vocab_size): one of them belongs to "
+            "another model"
         )

@@ -3,14 +3,18 @@
 import json
 import shutil
 
+import psutil
 import pytest
 import torch
 import transformers
 from helpers.models import EVERY_MODEL, tiny_config, tiny_model
 from helpers.weights import randomize
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tessera import TesseraConfig, build_byte_tokenizer
-from tessera.conversion import acceptance, verify
+from tessera.conversion import acceptance, samples, verify
 from tessera.conversion import convert as conversion
 from tessera.conversion.checkpoints import Checkpoint
 from tessera.conversion.convert import convert
@@ -25,6 +29,7 @@ from tessera.conversion.samples import (
 )
 from tessera.conversion.sound_weights import is_finite, require_one_dtype
 from tessera.conversion.sources import open_checkpoint
+from tessera.conversion.targets import Options, Written
 from tessera.conversion.verify import Noise, random_ids, run_model
 
 
@@ -223,6 +228,34 @@ def test_memory_decides_and_is_said(tmp_path):
 # ---- what lies beside the weights ----
 
 
+def test_a_sample_that_was_asked_for_and_does_not_fit_is_an_error(tmp_path):
+    save_llama(tmp_path / "theirs")
+    with pytest.raises(ValueError, match=r"--verify sample is not possible: [\d,]+ bytes .* 1 may be taken"):
+        convert(tmp_path / "theirs", tmp_path / "ours", verify="sample", verify_memory=1)
+    only(tmp_path, "theirs")
+
+
+def test_pages_of_files_count_as_free_memory(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    monkeypatch.setattr(samples, "_GROUP", tmp_path)
+    assert free_memory() <= psutil.virtual_memory().total, "a group without these figures"
+    (tmp_path / "memory.stat").write_text("anon 100\nfile 800\ninactive_file 700\nactive_file 100\n")
+    assert free_memory() == 800
+
+
+def test_memory_that_ends_while_fp8_is_compared_is_a_sentence(monkeypatch):
+    def end(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(acceptance, "_run_and_compare", end)
+    monkeypatch.setattr(acceptance, "_choose", lambda *arguments: [])
+    checkpoint = Checkpoint(None, "llama", tiny_config("llama-tiny"), {})
+    written = Written(None, checkpoint, checkpoint.config, {}, Options(), "cpu")
+    with pytest.raises(ValueError, match="memory is not enough to compare logits: .*MemoryError"):
+        acceptance.compare_models(checkpoint, checkpoint, written, None, None)
+
+
 def with_tokenizer(folder) -> None:
     build_byte_tokenizer().save_pretrained(folder)
 
@@ -239,12 +272,81 @@ def test_text_runs_through_the_tokenizer_and_both_give_its_ids(tmp_path):
 def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused(tmp_path):
     save_llama(tmp_path / "theirs", vocab_size=100)
     with_tokenizer(tmp_path / "theirs")
-    count = len(build_byte_tokenizer())
+    largest = len(build_byte_tokenizer()) - 1
     with pytest.raises(
-        ValueError, match=rf"the tokenizer has {count} tokens, but the model's vocabulary 100"
+        ValueError, match=rf"largest id is {largest} \('.*'\), but the model has rows for 100"
     ):
         convert(tmp_path / "theirs", tmp_path / "ours")
     only(tmp_path, "theirs")
+
+
+def save_words(folder, vocabulary: dict[str, int], **settings) -> None:
+    """A tokenizer of whole words, which has no token for what it does not know."""
+    tokenizer = Tokenizer(WordLevel(vocabulary))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **settings).save_pretrained(folder)
+
+
+def test_ids_with_gaps_are_refused_by_the_largest_of_them(tmp_path):
+    save_llama(tmp_path / "theirs", vocab_size=97)
+    save_words(tmp_path / "theirs", {"a": 0, "<u>": 200})
+    with pytest.raises(ValueError, match=r"largest id is 200 \('<u>'\), but the model has rows for 97"):
+        convert(tmp_path / "theirs", tmp_path / "ours")
+
+
+def test_a_tokenizer_that_encodes_only_what_it_knows_is_compared_by_its_vocabulary(tmp_path, monkeypatch):
+    save_llama(tmp_path / "theirs")
+    save_words(tmp_path / "theirs", {"a": 0, "b": 1}, unk_token=None)
+    report = convert(tmp_path / "theirs", tmp_path / "ours").report
+    checks = {check.name: check.found for check in report.checks}
+    assert checks["tokenizer"] == "2 tokens, equal vocabulary"
+    assert "does not encode the sample text" in report.notes[0] and "no ids" in report.notes[0]
+    bring = Checkpoint.copy_side_files
+
+    def other(checkpoint, folder):
+        bring(checkpoint, folder)
+        build_byte_tokenizer().save_pretrained(folder)
+
+    monkeypatch.setattr(Checkpoint, "copy_side_files", other)
+    monkeypatch.setattr(acceptance, "_side_files", lambda source, result: [])
+    with pytest.raises(ValueError, match="not the same model: tokenizer: ids and vocabulary"):
+        convert(tmp_path / "theirs", tmp_path / "again")
+
+
+def test_code_that_comes_with_a_tokenizer_is_not_run_and_nobody_is_asked(tmp_path, monkeypatch):
+    save_llama(tmp_path / "theirs")
+    with_tokenizer(tmp_path / "theirs")
+    settings = tmp_path / "theirs/tokenizer_config.json"
+    code = {"auto_map": {"AutoTokenizer": ["own.Own", None]}, "tokenizer_class": "Own"}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | code))
+    (tmp_path / "theirs/own.py").write_text("raise SystemExit('run')")
+
+    def ask(*words):
+        raise AssertionError("asked")
+
+    monkeypatch.setattr("builtins.input", ask)
+    report = convert(tmp_path / "theirs", tmp_path / "ours", verify="weights").report
+    assert any("needs code of its own (auto_map in tokenizer_config.json)" in note for note in report.notes)
+
+
+def test_all_chat_templates_travel_along(tmp_path, monkeypatch):
+    save_llama(tmp_path / "theirs")
+    tokenizer = build_byte_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours", verify="weights")
+    came = AutoTokenizer.from_pretrained(tmp_path / "ours").chat_template
+    assert came == {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    bring = Checkpoint.copy_side_files
+
+    def other(checkpoint, folder):
+        bring(checkpoint, folder)
+        (folder / "additional_chat_templates/tool_use.jinja").write_text("another")
+
+    monkeypatch.setattr(Checkpoint, "copy_side_files", other)
+    with pytest.raises(
+        ValueError, match="files beside the weights: additional_chat_templates/tool_use.jinja"
+    ):
+        convert(tmp_path / "theirs", tmp_path / "again", verify="weights")
 
 
 def test_a_tokenizer_that_is_damaged_is_refused(tmp_path):
