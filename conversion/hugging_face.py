@@ -17,7 +17,7 @@ from .checkpoints import Checkpoint
 from .families import FAMILIES, Family
 from .families.family import holder_of
 from .fp8_checkpoints import HUGGING_FACE_FP8, BlockScaled, Dequantized, split_off_quantization
-from .rules import Renamed, Rule, to_ours
+from .rules import Renamed, Rule, require_layers, to_ours
 from .tensor_files import open_safetensors
 
 TESSERA_RULES = [Rule("{rest}", "{rest}")]
@@ -37,8 +37,10 @@ def open_source(folder: Path) -> Checkpoint:
     values = read_json(folder / "config.json")
     model_type = values.get("model_type")
     if model_type == "tessera":
+        stored = open_safetensors(folder)
+        require_layers(values, stored, "config.json")
         config = read_config(folder / "config.json")
-        tensors, notes = _clean(open_safetensors(folder), config)
+        tensors, notes = _clean(stored, config)
         return Checkpoint(folder, "tessera", config, to_ours(tensors, config, TESSERA_RULES), notes=notes)
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
@@ -48,8 +50,9 @@ def open_source(folder: Path) -> Checkpoint:
         )
     family = FAMILIES[model_type]
     values, in_fp8 = split_off_quantization(values)
-    config = family.config_from(values)
     stored = open_safetensors(folder)
+    require_layers(values, stored, "config.json")
+    config = family.config_from(values)
     if in_fp8:
         stored = Dequantized(stored, HUGGING_FACE_FP8, config.dtype)
     tensors, notes = _clean(stored, config, family)

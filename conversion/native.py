@@ -29,7 +29,17 @@ from .journal import Journal
 from .model_args import config_from_model_args, model_args_from_config
 from .outlines import outline
 from .rank_files import SCALE, RankFiles, has_rank_files, holds, rank_file, take_share
-from .rules import SAME, UNSTACKED, UNSTACKED_PAIRS, Operation, Rule, name_some, to_ours, to_theirs
+from .rules import (
+    SAME,
+    UNSTACKED,
+    UNSTACKED_PAIRS,
+    Operation,
+    Rule,
+    name_some,
+    require_layers,
+    to_ours,
+    to_theirs,
+)
 from .slices import AssembledSlice, DequantizedSlice, Slice, StackedSlice
 from .weight_writer import WeightWriter
 
@@ -255,6 +265,7 @@ def read_native_config(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Tes
         ValueError: if there is neither, or it cannot be read.
     """
     if (folder / "config.json").is_file():
+        require_layers(read_json(folder / "config.json"), tensors, "config.json")
         return read_config(folder / "config.json")
     if not (folder / "params.json").is_file():
         raise ValueError(f"{folder} has neither config.json nor params.json, which say what the model is")
@@ -263,6 +274,7 @@ def read_native_config(folder: Path, tensors: Mapping[str, torch.Tensor]) -> Tes
     if any(name.endswith(".ffn.gate.bias") for name in tensors):
         overrides["router_correction_bias"] = True
     args = read_json(folder / "params.json")
+    require_layers(args, tensors, "params.json")
     try:
         return config_from_model_args(args, **overrides)
     except ValueError as error:

@@ -9,8 +9,9 @@ application; the lists are in `families/`, `native.py` and `nanochat_original.py
 
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -23,6 +24,9 @@ Tensors = list[torch.Tensor]
 
 # Placeholders of a name: layer, expert, weight or bias, and whatever is left.
 _PLACEHOLDERS = {"i": r"(?P<i>\d+)", "p": r"(?P<p>weight|bias)", "rest": r"(?P<rest>.+)"}
+
+# Numbers of layers, in the words of all configurations.
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_mtp_layers", "num_nextn_predict_layers")
 
 
 @dataclass(frozen=True)
@@ -114,8 +118,7 @@ def make_plan(config: TesseraConfig, rules: list[Rule]) -> list[Step]:
     left = dict.fromkeys(model_shapes(config))
     plan = []
     for rule in rules:
-        ours = (rule.ours,) if isinstance(rule.ours, str) else rule.ours
-        theirs = (rule.theirs,) if isinstance(rule.theirs, str) else rule.theirs
+        ours, theirs = _as_tuple(rule.ours), _as_tuple(rule.theirs)
         pattern = _compile(ours[0])
         groups: dict[tuple, list[str]] = {}
         for name in left:
@@ -257,6 +260,12 @@ def to_ours(theirs: Mapping[str, torch.Tensor], config: TesseraConfig, rules: li
         ValueError: if it lacks tensors, or has some that Tessera has no place for; when a tensor is read, if
             its shape is not what the configuration says.
     """
+    one_by_one = any("{e}" in name for rule in rules for name in _as_tuple(rule.theirs))
+    if one_by_one and config.mlp_layer_types.count("sparse") * config.n_routed_experts > len(theirs):
+        raise ValueError(
+            f"the configuration says {config.n_routed_experts} experts in each layer that has some, but the "
+            f"checkpoint has only {len(theirs)} tensors"
+        )
     plan = make_plan(config, rules)
     expected = {name for step in plan for name in step.theirs}
     missing = [name for name in expected if name not in theirs]
@@ -297,10 +306,31 @@ def require_depth(names: Iterable[str], layer: str, depth: int, what: str) -> No
         raise ValueError(f"{what} is {depth}, but the tensors are of {max(found, default=-1) + 1} layers")
 
 
+def require_layers(values: Mapping[str, Any], names: Collection[str], what: str) -> None:
+    """Refuses more layers than there are tensors, before anything of that size is made.
+
+    Args:
+        values: of a configuration, as its file has them.
+        names: of the tensors; each layer has one at least.
+        what: the file.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    for key in _DEPTHS:
+        depth = values.get(key)
+        if isinstance(depth, int | float) and depth > len(names):
+            raise ValueError(f"{key} in {what} is {depth}, but there are only {len(names)} tensors")
+
+
 def name_some(names) -> str:
     """The first names of many."""
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _as_tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else names
 
 
 def _compile(pattern: str) -> re.Pattern:
