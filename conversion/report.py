@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tessera.data.hashing import file_sha256
 from tessera.modeling.loading import read_json
 
 REPORT = "conversion_report.json"
 TABLE = "conversion_report.md"
-_PIECE = 2**22
 
 
 @dataclass(frozen=True)
@@ -127,15 +127,10 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def _hash(file: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
     found: dict[str, Any] = {"bytes": file.stat().st_size}
-    buffer = memoryview(bytearray(_PIECE))
-    with file.open("rb", buffering=0) as stream:
-        if file.suffix == ".safetensors":
+    if file.suffix == ".safetensors":
+        with file.open("rb") as stream:
             start = stream.read(8)
             head = start + stream.read(min(int.from_bytes(start, "little"), found["bytes"]))
-            digest.update(head)
-            found["header_sha256"] = digest.hexdigest()
-        while count := stream.readinto(buffer):
-            digest.update(buffer[:count])
-    return found | {"sha256": digest.hexdigest()}
+        found["header_sha256"] = hashlib.sha256(head).hexdigest()
+    return found | {"sha256": file_sha256(file)}
