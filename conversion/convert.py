@@ -25,7 +25,7 @@ import tessera
 from tessera.modeling.configuration_tessera import TesseraConfig
 
 from .acceptance import KINDS, Verdict, accept, compare_models
-from .aside import claimed, keep, keep_file, require_space
+from .aside import claimed, keep, keep_file, require_space, resolve_target
 from .checkpoints import Checkpoint
 from .equivalents import drop_predictions_ahead
 from .fp8_checkpoints import Quantization
@@ -46,6 +46,8 @@ _FP8 = "fp8"
 # What FP8 made of each matrix, beside the weights.
 FP8_REPORT = "fp8_error.json"
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt")
+# Of what the sources read, beside their side files.
+_READ = (*_WEIGHTS, ".pth", ".json", ".model")
 # Read by the router in fp32 whatever the model's dtype.
 _ALWAYS_FP32 = "e_score_correction_bias"
 
@@ -95,7 +97,7 @@ def convert(
         source: directory of any kind that `open_checkpoint` knows, or a run's.
         target: directory that does not exist yet, or is empty; for GGUF a file too, whose name ends so.
         to: one of `TARGETS`; default `native` if `mp` is given, `gguf` if the target's name ends so, else
-            `tessera` for what is not Tessera's yet.
+            `tessera` for what is not Tessera's yet, or not in `dtype`.
         n_experts: routed experts that the caller expects, 0 for a dense model.
         mp: model-parallel ranks of the native layout.
         dtype: to round the weights to; default: as they are. With `fp8` the matrices of attention and
@@ -115,17 +117,20 @@ def convert(
         OSError: if a file cannot be written.
     """
     began = time.monotonic()
-    target = Path(target).resolve()
+    target = resolve_target(target)
     if to is None:
         to = next((name for name, each in TARGETS.items() if each.suffix == target.suffix != ""), None)
-    _check_arguments(target, to, mp, dtype, device, max_shard_size, verify)
+    _check_arguments(to, mp, dtype, device, max_shard_size, verify)
     if not tokenizer and (to is None or TARGETS[to].suffix is None):
         raise ValueError("--no-tokenizer is for --to gguf, whose file has the tokenizer in it")
     checkpoint = open_checkpoint(source)
     if to is None:
         to = "native" if mp is not None else "tessera"
-        if to == checkpoint.kind == "tessera":
-            raise ValueError(f"{source} is a Tessera model already; say with --to what it shall become")
+        if to == checkpoint.kind == "tessera" and dtype is None:
+            raise ValueError(
+                f"{source} is a Tessera model already; say with --to what it shall become, or with --dtype "
+                "what it shall be rounded to"
+            )
     if n_experts is not None and n_experts != checkpoint.config.n_routed_experts:
         raise ValueError(
             f"n_experts is {n_experts}, but the model in {source} has {checkpoint.config.n_routed_experts}"
@@ -201,7 +206,6 @@ def convert(
 
 
 def _check_arguments(
-    target: Path,
     to: str | None,
     mp: int | None,
     dtype: str | None,
@@ -209,8 +213,6 @@ def _check_arguments(
     max_shard_size: int,
     verify: str | None,
 ) -> None:
-    if target == Path.cwd():
-        raise ValueError(f"{target} is the current directory, which cannot be replaced; name a new one")
     if to is not None and to not in TARGETS:
         raise ValueError(f"--to {to}: known targets are {', '.join(TARGETS)}")
     own = None if to is None else TARGETS[to]
@@ -228,8 +230,6 @@ def _check_arguments(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is there already and not empty; choose another target")
 
 
 def _prepare(
@@ -285,16 +285,26 @@ def _accept_fp8(
 
 
 def _identify(checkpoint: Checkpoint, to: str, dtype: str | None, options: Options) -> dict[str, Any]:
-    """What makes two calls the same: nothing that one of them wrote is of use to another."""
+    """What makes two calls the same: what they read and what they write, and not what they compare."""
     place = checkpoint.folder.resolve()
-    files = sorted(file for file in place.iterdir() if file.is_file()) if place.is_dir() else [place]
+    files = [place]
+    if place.is_dir():
+        read = {file for file in place.iterdir() if file.is_file() and file.suffix in _READ}
+        files = sorted(
+            read.union(place / file.relative_to(checkpoint.folder) for file in checkpoint.side_files)
+        )
     return {
         "source": str(place),
-        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "files": [
+            [str(file.relative_to(place.parent)), file.stat().st_size, file.stat().st_mtime_ns]
+            for file in files
+        ],
         "to": to,
         "dtype": dtype,
         "options": {
-            key: value for key, value in vars(options).items() if key not in ("journal", "encode", "source")
+            key: value
+            for key, value in vars(options).items()
+            if key not in ("journal", "encode", "source", "verify")
         },
         "versions": _versions(),
     }

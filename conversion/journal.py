@@ -15,6 +15,8 @@ from typing import Any
 from tessera.data.journal import sync_folder
 
 NAME = "journal.jsonl"
+# Held by the process that writes in the folder.
+LOCK = "lock"
 
 
 class Journal:
@@ -38,7 +40,7 @@ class Journal:
             self._written = {(file, name): checksum for file, name, checksum in lines}
         else:
             self.discarded = first is not None
-            _clear(folder)
+            clear(folder)
             self._append([identity])
             sync_folder(folder)
 
@@ -83,10 +85,10 @@ class Journal:
             raise OSError(f"{self.path} cannot be written: {error.strerror}") from error
 
 
-def _clear(folder: Path) -> None:
-    """Leaves nothing but the lock. The journal goes first: without it nothing is gone on from."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name != NAME):
-        if path.is_dir():
+def clear(folder: Path) -> None:
+    """Leaves nothing but the lock. The journal goes last: without it the rest is nobody's."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == NAME):
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != "lock":
+        elif path.name != LOCK:
             path.unlink()

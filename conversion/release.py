@@ -26,10 +26,11 @@ import tessera
 from tessera import modeling
 from tessera.modeling.loading import read_json
 
-from .aside import LOCK, claimed, keep
+from .aside import claimed, keep
 from .checkpoints import Checkpoint
 from .convert import convert
 from .families import FAMILIES
+from .journal import Journal
 from .model_card import NOTES, names_only, write_model_card
 from .sources import open_checkpoint
 from .targets import require_dtype
@@ -306,10 +307,8 @@ def write_release(folder: Path, target: Path) -> None:
     """Puts a release into a directory of its own, where links become files; there whole or not at all."""
     target = target.absolute()
     with claimed(target) as aside:
-        # What a call that was killed has left there.
-        for file in aside.iterdir():
-            if file.name != LOCK:
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
+        # The release's own place is another each time: what a call that was killed has left goes.
+        Journal(aside, {"release": str(folder)})
         for file in folder.iterdir():
             shutil.copyfile(file, aside / file.name)
         keep(aside, target)

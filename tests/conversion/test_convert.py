@@ -218,6 +218,7 @@ def write_index(folder, **values) -> None:
             r"model.norm.weight gives a tensor of shape \(3,\), but the configuration says \(64,\)",
         ),
         (lambda d: change_config(d, num_hidden_layers=2), "9 unexpected tensors"),
+        (lambda d: change_config(d, num_hidden_layers=10**9), "num_hidden_layers in config.json is 10000000"),
         (lambda d: change_config(d, hidden_act="wibble"), "no activation hidden_act='wibble'"),
         (lambda d: change_config(d, quantization_config={"quant_method": "fp8"}), "is quantized"),
         (lambda d: change_config(d, rope_parameters=LONGROPE), "rope_type"),
@@ -258,6 +259,44 @@ def test_arguments_that_do_not_fit_are_refused(arguments, sentence, tmp_path):
     with pytest.raises(ValueError, match=sentence):
         convert(tmp_path / "ours", tmp_path / "out", **arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_numbers_that_no_tensors_stand_for_are_refused_before_they_are_counted_to(tmp_path):
+    save_family("mixtral", tmp_path / "mixtral")
+    save_tessera("llama-tiny", tmp_path / "tessera")
+    convert(tmp_path / "tessera", tmp_path / "native", mp=1, verify="weights")
+    for folder, field, sentence in (
+        ("mixtral", "num_local_experts", "says 1000000000 experts in each layer that has some, but .* only"),
+        (
+            "mixtral",
+            "num_hidden_layers",
+            "num_hidden_layers in config.json is 1000000000, but there",
+        ),
+        (
+            "tessera",
+            "num_hidden_layers",
+            "num_hidden_layers in config.json is 1000000000, but there",
+        ),
+        ("tessera", "num_mtp_layers", "num_mtp_layers in config.json is 1000000000, but there"),
+        ("native", "num_hidden_layers", "num_hidden_layers in config.json is 1000000000, but there"),
+    ):
+        config = (tmp_path / folder / "config.json").read_text()
+        change_config(tmp_path / folder, **{field: 10**9})
+        with pytest.raises(ValueError, match=sentence):
+            open_checkpoint(tmp_path / folder)
+        (tmp_path / folder / "config.json").write_text(config)
+    (tmp_path / "native/config.json").unlink()
+    params = {"n_layers": 10**9}
+    (tmp_path / "native/params.json").write_text(json.dumps(params))
+    with pytest.raises(ValueError, match="n_layers in params.json is 1000000000"):
+        open_checkpoint(tmp_path / "native")
+
+
+def test_a_tessera_model_is_rounded_where_it_need_become_nothing_else(tmp_path):
+    save_tessera("llama-tiny", tmp_path / "ours")
+    done = convert(tmp_path / "ours", tmp_path / "half", dtype="bfloat16")
+    assert done.target == "tessera"
+    assert load_file(tmp_path / "half/model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
 
 
 def test_what_is_in_the_way_is_left_alone(tmp_path):

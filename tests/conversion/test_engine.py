@@ -145,7 +145,10 @@ def test_an_interrupt_leaves_what_was_written_to_go_on_from(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         convert(tmp_path / "ours", tmp_path / "out", to="llama", progress=interrupt)
     seen = []
-    done = convert(tmp_path / "ours", tmp_path / "out", to="llama", progress=lambda *told: seen.append(told))
+    # Neither is read, or changes what is written.
+    (tmp_path / "ours/notes.txt").write_text("mine")
+    words = {"to": "llama", "verify": "weights"}
+    done = convert(tmp_path / "ours", tmp_path / "out", **words, progress=lambda *told: seen.append(told))
     assert done.course and seen[-1][0] <= seen[-1][1] <= seen[-1][0] + 10_000, "all but the header is told of"
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
 
@@ -157,6 +160,7 @@ def test_two_at_once_are_one_too_many(tmp_path):
         with pytest.raises(ValueError, match=r"another process is writing .*\.out\.partial; wait for it"):
             convert(tmp_path / "ours", tmp_path / "out", to="llama")
         assert (folder / "mine").exists(), "the second must not clear what the first is writing"
+        (folder / "mine").unlink()
     convert(tmp_path / "ours", tmp_path / "out", to="llama")
 
 
