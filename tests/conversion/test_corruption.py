@@ -316,10 +316,10 @@ def check_all(numbers: range, originals: Path, place: Path, capsys) -> None:
     assert refused > 0.7 * len(ends), "most damage is an error"
 
 
-def test_sixty_damaged_inputs_end_clearly(originals, tmp_path, capsys):
-    check_all(range(60), originals, tmp_path, capsys)
+def test_thirty_damaged_inputs_end_clearly(originals, tmp_path, capsys):
+    check_all(range(30), originals, tmp_path, capsys)
 
 
 @pytest.mark.slow
 def test_two_hundred_damaged_inputs_end_clearly(originals, tmp_path, capsys):
-    check_all(range(60, 200), originals, tmp_path, capsys)
+    check_all(range(30, 200), originals, tmp_path, capsys)
