@@ -36,16 +36,18 @@ def ranks(folder: Path, world: int) -> list[dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("name", SHARED_BY_FOUR)
 def test_any_number_of_ranks_to_any_other_and_back_gives_the_same_bytes(name, tmp_path):
     experts = save(name, tmp_path / "ours").config.n_routed_experts
-    convert(tmp_path / "ours", tmp_path / "1", n_experts=experts, mp=1)
+    # Logits once, of the most ranks; all else is bytes.
+    convert(tmp_path / "ours", tmp_path / "1", n_experts=experts, mp=1, verify="weights")
     source = "1"
     for step, world in enumerate((2, 4, 2, 1)):
         target = f"{step}-{world}"
-        convert(tmp_path / source, tmp_path / target, to="native", mp=world)
+        kind = "full" if world == 4 else "weights"
+        convert(tmp_path / source, tmp_path / target, to="native", mp=world, verify=kind)
         source = target
     for same, other in (("0-2", "2-2"), ("1", "3-1")):
         assert weight_files(tmp_path / same) == weight_files(tmp_path / other)
     assert len(weight_files(tmp_path / "1-4")) == 4
-    convert(tmp_path / "1-4", tmp_path / "back")
+    convert(tmp_path / "1-4", tmp_path / "back", verify="weights")
     assert weight_files(tmp_path / "back") == weight_files(tmp_path / "ours")
 
 

@@ -75,7 +75,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="up_proj.weight is not finite after rounding to torch.float16"):
         convert(tmp_path / "ours", tmp_path / "out", to="llama", dtype="float16")
     only(tmp_path, "ours")
-    convert(tmp_path / "ours", tmp_path / "out", to="llama", dtype="bfloat16")
+    convert(tmp_path / "ours", tmp_path / "out", to="llama", dtype="bfloat16", verify="weights")
 
 
 def test_a_few_tensors_in_half_precision_are_damage_and_wider_ones_are_not():
