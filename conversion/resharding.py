@@ -7,22 +7,30 @@ shared is in `rank_files.py`.
 """
 
 import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 
 import tessera
+from tessera.modeling.configuration_tessera import TesseraConfig
 
 from .aside import claimed, keep, require_space
 from .checkpoints import Checkpoint
+from .fp8_checkpoints import NATIVE_FP8, Dequantized
 from .journal import Journal
 from .native import check_world, open_slices, read_native_config
 from .rank_files import SCALE, WEIGHT, RankFiles, holds, rank_file, share_of
-from .rules import name_some
-from .safetensors_format import same_bytes
+from .report import Check, Report, check_against_report, hash_files
 from .slices import Ranges
+from .sound_weights import require_one_dtype, sound
+from .tensor_files import planned_size
+from .verify import require_same_weights
 from .weight_writer import WeightWriter
 
 _SETTINGS = ("config.json", "params.json")
@@ -49,20 +57,23 @@ class Resharded:
         before, after: ranks.
         tensors: of the model.
         largest_file: bytes of the largest new file.
+        report: as it is stored with the result.
     """
 
     before: int
     after: int
     tensors: int
     largest_file: int
+    report: Report
 
 
 def shard(source: str | Path, target: str | Path, world: int) -> Resharded:
     """Cuts a native checkpoint for another number of ranks. The target appears complete, or not at all.
 
     In memory is one rank's share of one tensor, and for the comparison at the end one tensor. FP8 weights are
-    cut with their factors. Settings, tokenizer and chat template come along. The same call goes on from one
-    that was killed.
+    cut with their factors. Settings, tokenizer and chat template come along. What a conversion would refuse
+    as damaged is refused here: numbers that are not finite, types that do not belong together, files that
+    are not those of their report. The same call goes on from one that was killed.
 
     Args:
         source: directory in the native layout, of any number of ranks.
@@ -70,9 +81,10 @@ def shard(source: str | Path, target: str | Path, world: int) -> Resharded:
         world: ranks to cut it for.
 
     Raises:
-        ValueError: if the source is not a complete native checkpoint, heads, experts or sizes cannot be
-            shared among so many ranks, or the target is in the way.
+        ValueError: if the source is not a complete and sound native checkpoint, heads, experts or sizes
+            cannot be shared among so many ranks, or the target is in the way.
     """
+    began = time.monotonic()
     source, target = Path(source), Path(target).resolve()
     if not source.is_dir():
         raise ValueError(f"there is no directory {source}")
@@ -88,19 +100,46 @@ def shard(source: str | Path, target: str | Path, world: int) -> Resharded:
         open_slices(files, config)
     except ValueError as error:
         raise ValueError(f"{source}: {str(error).removeprefix(f'{source}: ')}") from error
+    stored = Dequantized(files, NATIVE_FP8, config.dtype)
+    require_one_dtype(stored)
     shares = _plan(files, world, config.n_routed_experts)
-    require_space(target, sum(_size(held) for held in shares.values()))
+    outlines = {file: {name: share.meta for name, share in held.items()} for file, held in shares.items()}
+    require_space(target, planned_size(outlines))
+    checkpoint = Checkpoint(source, "native", config, files)
     with claimed(target) as aside:
-        journal = Journal(aside, _identify(source, world))
-        _write(files, shares, aside, journal)
-        Checkpoint(source, "native", config, files).copy_side_files(aside)
+        journal = Journal(aside, _identify(checkpoint, world))
+        # The metadata are those that the source has, as its order is the library's.
+        with WeightWriter(aside, outlines, journal, files.metadata) as writer:
+            _write(files, shares, writer)
+        wrote = time.monotonic()
+        check_against_report(source)
+        checkpoint.copy_side_files(aside)
         for name in _SETTINGS:
             if (source / name).is_file():
                 shutil.copyfile(source / name, aside / name)
-        _require_same(files, RankFiles(aside))
-        largest = max((aside / name).stat().st_size for name in shares)
+        _verify(files, stored, aside)
+        report = Report(
+            source={"name": source.resolve().name, "kind": "native"},
+            target={"name": target.name, "kind": "native"},
+            parameters=sum(stored.outline(name).numel() for name in stored),
+            dtype=_dtype(stored, config),
+            files=hash_files([aside / name for name in shares]),
+            checks=[
+                Check("weights, read back", True, "equal bit for bit"),
+                Check("numbers that are not finite", True, "none"),
+            ],
+            notes=[f"cut from {files.world} to {world} ranks"],
+            seconds={"writing": round(wrote - began, 2), "verifying": round(time.monotonic() - wrote, 2)},
+            versions={
+                "tessera": tessera.__version__,
+                "torch": torch.__version__,
+                "safetensors": safetensors.__version__,
+            },
+        )
+        report.write(aside)
         keep(aside, target)
-    return Resharded(files.world, world, len(files), largest)
+    largest = max(entry["bytes"] for entry in report.files.values())
+    return Resharded(files.world, world, len(files), largest, report)
 
 
 def _plan(files: RankFiles, world: int, experts: int) -> dict[str, dict[str, Share]]:
@@ -118,35 +157,39 @@ def _plan(files: RankFiles, world: int, experts: int) -> dict[str, dict[str, Sha
     return shares
 
 
-def _size(shares: dict[str, Share]) -> int:
-    return sum(share.meta.numel() * share.meta.dtype.itemsize for share in shares.values())
-
-
-def _write(files: RankFiles, shares: dict[str, dict[str, Share]], folder: Path, journal: Journal) -> None:
+def _write(files: RankFiles, shares: Mapping[str, Mapping[str, Share]], writer: WeightWriter) -> None:
     """Writes all new files together, tensor by tensor, and of each what each of them holds."""
-    outlines = {file: {name: share.meta for name, share in held.items()} for file, held in shares.items()}
-    # The metadata are those that the source has, as its order is the library's.
-    with WeightWriter(folder, outlines, journal, files.metadata) as writer:
-        for name in files:
-            tensor = files.open_slice(name)
-            for file, held in shares.items():
-                if name in held and not writer.is_written(file, name):
-                    writer.write(file, name, tensor.read(held[name].ranges))
+    for name in files:
+        tensor = files.open_slice(name)
+        for file, held in shares.items():
+            if name in held and not writer.is_written(file, name):
+                writer.write(file, name, tensor.read(held[name].ranges))
 
 
-def _identify(source: Path, world: int) -> dict[str, Any]:
-    """What makes two calls the same, so that one goes on where a killed one was."""
-    files = sorted(file for file in source.resolve().iterdir() if file.is_file())
+def _verify(files: RankFiles, stored: Dequantized, aside: Path) -> None:
+    """Reads both, tensor by tensor; this also finds tensors that differ between ranks and should not."""
+    require_same_weights(sound(files), RankFiles(aside))
+    products = sound(stored)
+    for name in stored.scales:
+        products[name]
+
+
+def _dtype(stored: Dequantized, config: TesseraConfig) -> str:
+    """What the weights are in, in the words of `--dtype`."""
+    if stored.scales:
+        return "fp8"
+    found = Counter(stored.outline(name).dtype for name in stored)
+    return str(config.dtype or found.most_common(1)[0][0]).removeprefix("torch.")
+
+
+def _identify(checkpoint: Checkpoint, world: int) -> dict[str, Any]:
+    """What makes two calls the same, so that one goes on where a killed one was: what is read, and ranks."""
+    folder = checkpoint.folder.resolve()
+    settings = [folder / name for name in _SETTINGS if (folder / name).is_file()]
+    read = [*sorted(folder.glob("model*.safetensors")), *settings, *checkpoint.side_files]
     return {
-        "source": str(source.resolve()),
-        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        "source": str(folder),
+        "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in read],
         "ranks": world,
         "version": tessera.__version__,
     }
-
-
-def _require_same(before: RankFiles, after: RankFiles) -> None:
-    """Reads both, tensor by tensor; this also finds tensors that differ between ranks and should not."""
-    wrong = [name for name in before if name not in after or not same_bytes(before[name], after[name])]
-    if wrong or len(before) != len(after):
-        raise ValueError(f"{len(wrong)} tensors read back are not what they were ({name_some(wrong)})")

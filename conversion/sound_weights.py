@@ -69,7 +69,7 @@ def require_one_dtype(tensors: Mapping[str, torch.Tensor], rounding: torch.dtype
         if dtype != most and dtype.itemsize <= most.itemsize:
             raise ValueError(
                 f"{name} is {_word(dtype)} where most weights are {_word(most)}; if that is meant, say with "
-                "--dtype what all shall be"
+                "--dtype of `tessera convert` what all shall be"
             )
 
 

@@ -489,6 +489,25 @@ def test_damaged_native_fp8_is_refused_however_it_is_read(name, change, sentence
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda factors: -factors, "a factor of {} is negative or not finite"),
+        (lambda factors: torch.full_like(factors, 3e38), "{} holds NaN or infinite numbers"),
+    ],
+)
+def test_factors_of_no_numbers_are_not_cut(change, sentence, tmp_path):
+    tiny_model("bytegpt-tiny").save_pretrained(tmp_path / "ours")
+    convert(tmp_path / "ours", tmp_path / "native", to="native", dtype="fp8", verify="weights")
+    (tmp_path / "native/conversion_report.json").unlink()
+    tensors = load_file(tmp_path / "native/model0-mp1.safetensors")
+    tensors["layers.0.attn.wo.scale"] = change(tensors["layers.0.attn.wo.scale"])
+    save_file(tensors, tmp_path / "native/model0-mp1.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=sentence.format("layers.0.attn.wo.weight")):
+        shard(tmp_path / "native", tmp_path / "out", 2)
+    assert not (tmp_path / "out").exists()
+
+
 def test_fp8_is_refused_where_it_cannot_be(tmp_path):
     tiny_model("llama-tiny").save_pretrained(tmp_path / "ours")
     for to in ("llama", "tessera"):

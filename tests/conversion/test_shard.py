@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from tessera import build_byte_tokenizer, cli
 from tessera.conversion import resharding
 from tessera.conversion.convert import convert
+from tessera.conversion.report import REPORT, TABLE, Report, hash_files
 from tessera.conversion.resharding import shard
 from tessera.conversion.slices import StoredSlice
 from tessera.modeling.loading import load_model
@@ -24,7 +25,8 @@ SHARED = Path(os.environ.get("TESSERA_SHARED", Path(__file__).parents[2].parent 
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """All but the report, which has times in it."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in (REPORT, TABLE)}
 
 
 @pytest.mark.parametrize("name", SHARED_BY_FOUR)
@@ -98,7 +100,7 @@ def test_each_share_is_read_once_and_by_itself(tmp_path, monkeypatch):
         return tensor
 
     monkeypatch.setattr(StoredSlice, "read", count)
-    monkeypatch.setattr(resharding, "_require_same", lambda before, after: None)
+    monkeypatch.setattr(resharding, "_verify", lambda *arguments: None)
     shard(tmp_path / "one", tmp_path / "four", 4)
     written = [load_file(path) for path in (tmp_path / "four").glob("*.safetensors")]
     assert sum(sizes) == sum(tensor.nbytes for part in written for tensor in part.values())
@@ -112,18 +114,21 @@ def test_a_killed_call_is_gone_on_from(tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def kill(files, after):
+    def kill(*arguments):
         raise Killed
 
-    monkeypatch.setattr(resharding, "_require_same", kill)
+    monkeypatch.setattr(resharding, "_verify", kill)
     with pytest.raises(Killed):
         shard(tmp_path / "one", tmp_path / "two", 2)
     assert not (tmp_path / "two").exists()
     monkeypatch.undo()
     monkeypatch.setattr(StoredSlice, "read", None)  # nothing is left to be read for writing
-    monkeypatch.setattr(resharding, "_require_same", lambda before, after: None)
+    monkeypatch.setattr(resharding, "_verify", lambda *arguments: None)
     shard(tmp_path / "one", tmp_path / "two", 2)
     assert files(tmp_path / "two") == files(tmp_path / "expected")
+
+
+SAID = {"name": "x", "kind": "native"}
 
 
 def _lose_a_rank(folder):
@@ -138,6 +143,32 @@ def _change(name, change):
         save_file(tensors, file, metadata={"format": "pt"})
 
     return damage
+
+
+def _spoil(tensor):
+    tensor[0, 0] = float("nan")
+    return tensor
+
+
+def _narrow(folder):
+    for rank in range(2):
+        file = folder / f"model{rank}-mp2.safetensors"
+        tensors = load_file(file)
+        tensors["norm.weight"] = tensors["norm.weight"].half()
+        save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _flip_a_bit(folder):
+    """In a directory that was written with its report."""
+    file = folder / "model1-mp2.safetensors"
+    Report(SAID, SAID, 0, "float32", hash_files([file])).write(folder)
+    _flip_the_last_bit(file)
+
+
+def _flip_the_last_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
 
 
 def _add(folder):
@@ -167,6 +198,9 @@ def _no_settings(folder):
             _change("layers.0.attn.wo.weight", lambda t: t.bfloat16()),
             "rank 1 holds layers.0.attn.wo.weight as BF16",
         ),
+        (_change("layers.0.attn.wo.weight", _spoil), "layers.0.attn.wo.weight holds NaN or infinite"),
+        (_narrow, "norm.weight is float16 where most weights are float32"),
+        (_flip_a_bit, "model1-mp2.safetensors is damaged"),
         (_add, "unexpected extra.weight"),
         (_truncate, r"model1-mp2\.safetensors is truncated"),
         (_no_settings, "has neither config.json nor params.json"),
@@ -184,17 +218,17 @@ def test_a_damaged_source_is_refused_in_one_sentence(damage, sentence, tmp_path)
 
 def test_what_is_written_wrongly_is_not_kept(tmp_path, monkeypatch):
     native("dense", tmp_path / "one")
-    write = resharding._write
+    verify = resharding._verify
 
-    def wrongly(files, shares, folder, journal):
-        write(files, shares, folder, journal)
+    def wrongly(files, stored, folder):
         for path in folder.glob("*.safetensors"):
             tensors = load_file(path)
             tensors["norm.weight"][0] += 1
             save_file(tensors, path, metadata={"format": "pt"})
+        verify(files, stored, folder)
 
-    monkeypatch.setattr(resharding, "_write", wrongly)
-    with pytest.raises(ValueError, match=r"1 tensors read back are not what they were \(norm.weight\)"):
+    monkeypatch.setattr(resharding, "_verify", wrongly)
+    with pytest.raises(ValueError, match=r"1 tensors read back are not what was written \(norm.weight\)"):
         shard(tmp_path / "one", tmp_path / "two", 2)
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
@@ -222,7 +256,15 @@ def test_the_command_says_what_it_did(tmp_path):
     done = CliRunner().invoke(cli.app, ["shard", str(tmp_path / "one"), str(tmp_path / "two"), "--mp", "2"])
     assert done.exit_code == 0, done.output
     assert "1 -> 2 ranks: 69 tensors" in done.output
-    assert len(list((tmp_path / "two").glob("*.safetensors"))) == 2
+    written = hash_files(sorted((tmp_path / "two").glob("*.safetensors")))
+    report = json.loads((tmp_path / "two" / REPORT).read_text())
+    assert len(written) == 2 and report["files"] == written
+    assert report["dtype"] == "float32" and all(check["passed"] for check in report["checks"])
+    assert "cut from 1 to 2 ranks" in (tmp_path / "two" / TABLE).read_text()
+    # Which is what finds a damage later.
+    _flip_the_last_bit(tmp_path / "two/model0-mp2.safetensors")
+    with pytest.raises(ValueError, match="model0-mp2.safetensors is damaged"):
+        shard(tmp_path / "two", tmp_path / "one again", 1)
 
 
 @pytest.mark.parametrize("name", ["ours", "missing"])
