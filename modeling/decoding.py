@@ -26,6 +26,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from .parallel_plans import is_split
+
 # They read the scores alone, and no values on the CPU.
 _CAPTURABLE = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 
@@ -68,10 +70,10 @@ def can_capture(
     )
 
 
-def is_split(model: nn.Module) -> bool:
+def is_distributed(model: nn.Module) -> bool:
     """Whether each of several processes holds a part of the model: tensor or expert parallel, or FSDP2."""
     meshed = getattr(model, "_device_mesh", None) is not None
-    return meshed or any(type(parameter).__name__ == "DTensor" for parameter in model.parameters())
+    return meshed or any(is_split(parameter) for parameter in model.parameters())
 
 
 def sample_captured(

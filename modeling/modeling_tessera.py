@@ -31,7 +31,7 @@ from .attention import TesseraAttention, TesseraLatentAttention
 from .configuration_tessera import TesseraConfig
 from .continuous_batching import TesseraContinuousBatching, exchange_token_ids
 from .decoder_layer import TesseraDecoderLayer, TesseraMTPLayer
-from .decoding import can_capture, is_split, sample_captured
+from .decoding import can_capture, is_distributed, sample_captured
 from .fused_head import takes_fused_head, with_own_terms
 from .layers import TesseraRotaryEmbedding, TesseraSmear, find_rows, make_norm
 from .masks import make_masks
@@ -480,7 +480,9 @@ class TesseraForCausalLM(TesseraLosses, TesseraContinuousBatching, TesseraPreTra
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
         """The library's own, but for models split over processes: there compiling fails in FSDP's hooks."""
-        return not is_split(self) and super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        return not is_distributed(self) and super()._valid_auto_compile_criteria(
+            model_kwargs, generation_config
+        )
 
     def _sample(
         self,
