@@ -40,11 +40,16 @@ def gather_whole(tensor: DTensor) -> torch.Tensor:
 
     torch 2.11 can split a tensor that packs several along one dimension (gate and up), each shared by the
     ranks, and cannot put it together again; here the parts of each are.
+
+    Raises:
+        ValueError: torch's own, for anything else that it cannot put together.
     """
     try:
         return tensor.full_tensor()
     except ValueError:
-        (placement,) = tensor.placements
+        placement = tensor.placements[0]
+        if len(tensor.placements) > 1 or not hasattr(placement, "split_factor"):
+            raise
         local, mesh = tensor.to_local().contiguous(), tensor.device_mesh
         parts = [torch.empty_like(local) for _ in range(mesh.size())]
         dist.all_gather(parts, local, group=mesh.get_group())

@@ -1,14 +1,17 @@
 """The plans for transformers' distributed engine: each rule names something, and misfits are refused."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.models import DIALECTS, EVERY_MODEL, tiny_config
+from torch.distributed.tensor import Replicate, Shard
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
 
 from tessera import TesseraForCausalLM, TesseraForSequenceClassification, TesseraModel
+from tessera.modeling.parallel_styles import gather_whole
 
 PAGE = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text()
 HEADS = [TesseraForCausalLM, TesseraForSequenceClassification, TesseraModel]
@@ -134,3 +137,12 @@ def test_the_table_of_the_docs_says_which_dialects_have_a_plan():
         assert [cell == "yes" for cell in rows[row]] == [
             bool(getattr(tiny_config(name), plan)) for name in DIALECTS
         ]
+
+
+@pytest.mark.parametrize("placements", [(Replicate(), Shard(0)), (Shard(0),)])
+def test_what_cannot_be_gathered_stops_with_the_reason_of_torch(placements):
+    def full_tensor():
+        raise ValueError("torch's reason")
+
+    with pytest.raises(ValueError, match="torch's reason"):
+        gather_whole(SimpleNamespace(placements=placements, full_tensor=full_tensor))
