@@ -90,6 +90,7 @@ _NEVER_KEPT = {
     "dtype",
     "model_type",
     "output_attentions",
+    "quantization_config",
     "torch_dtype",
 }
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -186,7 +187,9 @@ class Family:
             raise ValueError(f"the model cannot be a {self.model_type}: {reasons}") from error
         if differing:
             raise ValueError(f"the model cannot be a {self.model_type}: {'; '.join(differing)}")
-        if kept := self._origin_of(ours).get("fields"):
+        told = self._origin_of(ours).get("fields") or {}
+        # The configuration may be another's, who says what is never kept here.
+        if kept := {key: value for key, value in told.items() if key not in _NEVER_KEPT}:
             theirs = self._say_again(kept, values, back) or theirs
         theirs.architectures = [self.architecture]
         return theirs
