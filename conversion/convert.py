@@ -28,9 +28,9 @@ from .acceptance import KINDS, Verdict, accept, compare_models
 from .aside import claimed, keep, keep_file, require_space, resolve_target
 from .checkpoints import Checkpoint
 from .equivalents import drop_predictions_ahead
-from .fp8_checkpoints import Quantization
 from .journal import Journal
 from .outlines import outline, size_of
+from .quantization import Quantization
 from .report import Report, check_against_report, hash_files
 from .rules import Changed
 from .sound_weights import require_one_dtype, sound

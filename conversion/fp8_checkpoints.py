@@ -2,21 +2,16 @@
 
 Two layouts have them: the native one (`wq.weight` and `wq.scale`) and DeepSeek's directories for transformers
 (`q_proj.weight` and `q_proj.weight_scale_inv`, with a `quantization_config`). What belongs here: views of a
-checkpoint's tensors, from FP8 and to it, one tensor at a time, and that settings file. The arithmetic is in
-`fp8.py`.
+checkpoint's tensors, from FP8 and to it, one tensor at a time, and those settings. The arithmetic is in
+`fp8.py`, a conversion to FP8 and its account in `quantization.py`.
 """
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
-
-from tessera.modeling.configuration_tessera import TesseraConfig
 
 from .fp8 import (
     BLOCK,
@@ -26,10 +21,9 @@ from .fp8 import (
     dequantize_blocks,
     measure_error,
     quantize_blocks,
-    summarize_errors,
 )
 from .outlines import outline
-from .rules import Renamed, Rule, Translated, make_plan, to_ours, to_theirs
+from .rules import Renamed, Translated
 
 Tensors = Mapping[str, torch.Tensor]
 # From tensors under a layout's names to the same with matrices in FP8, and their factors.
@@ -90,15 +84,15 @@ QUANTIZATION_CONFIG = {
 }
 
 
-def split_off_quantization(values: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    """A `config.json` without its `quantization_config`, and whether that says FP8 in blocks of 128x128.
+def split_off_quantization(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """A `config.json` without its `quantization_config`, and that, if there is one.
 
     Raises:
-        ValueError: if it says anything else.
+        ValueError: if it says anything but FP8 in blocks of 128x128.
     """
     settings = values.get("quantization_config")
     if not settings:
-        return values, False
+        return values, None
     method = settings.get("quant_method") if isinstance(settings, dict) else settings
     if method != "fp8":
         raise ValueError(
@@ -111,7 +105,7 @@ def split_off_quantization(values: dict[str, Any]) -> tuple[dict[str, Any], bool
             raise ValueError(
                 f"the checkpoint is quantized in FP8 of another kind: {name} is {given!r}, not {expected!r}"
             )
-    return {name: value for name, value in values.items() if name != "quantization_config"}, True
+    return {name: value for name, value in values.items() if name != "quantization_config"}, settings
 
 
 class Dequantized(Mapping):
@@ -184,9 +178,12 @@ class Quantized(Mapping):
     Args:
         tensors: under the layout's names, in any floating type.
         layout: how it has FP8.
-        scales: factors to take, by the name of their matrix; for others they are computed.
-        rest: type of what is not in FP8; None leaves it as it is.
+        scales: factors that a source had, by the name of their matrix. They are taken; for others they are
+            computed.
+        rest: type of what is not in FP8; None leaves what the source did not have in FP8 as it is.
+        decoded: type of what the source had in FP8 and this layout does not.
         errors: where what each matrix loses is written down, of those whose factors are computed.
+        settings: what a source's `quantization_config` says of its factors.
     """
 
     def __init__(
@@ -195,12 +192,26 @@ class Quantized(Mapping):
         layout: Fp8Layout,
         scales: Tensors,
         rest: torch.dtype | None,
+        decoded: torch.dtype | None,
         errors: dict[str, QuantizationError],
+        settings: Mapping[str, Any] | None = None,
     ):
-        self._tensors, self._layout, self._scales, self._rest = tensors, layout, scales, rest
-        self._errors = errors
+        self._tensors, self._layout, self._scales = tensors, layout, scales
+        self._rest, self._decoded = rest, decoded
+        self._errors, self._settings = errors, settings or {}
         self._weights = {layout.scale_name(name): name for name in tensors if layout.weights.fullmatch(name)}
         self._last: tuple[str | None, tuple[torch.Tensor, torch.Tensor] | None] = (None, None)
+
+    @property
+    def kept(self) -> int:
+        """How many matrices have the numbers and factors of the source."""
+        return sum(weight in self._scales for weight in self._weights.values())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The `quantization_config` of these; with what the source's says, where all factors are its own."""
+        own = self.kept == len(self._weights)
+        return {**(self._settings if own else {}), **QUANTIZATION_CONFIG}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name in self._weights:
@@ -230,9 +241,10 @@ class Quantized(Mapping):
         return len(self._tensors) + len(self._weights)
 
     def _round_rest(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if self._rest is None or name.endswith(self._layout.fp32):
+        if name.endswith(self._layout.fp32):
             return tensor
-        return tensor.to(self._rest)
+        dtype = self._decoded if name in self._scales else self._rest
+        return tensor if dtype is None else tensor.to(dtype)
 
     def _encode(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         if self._last[0] != name:
@@ -256,14 +268,20 @@ class BlockScaled:
     Attributes:
         stored: its tensors under its own names, out of FP8.
         scales: factors of its matrices under Tessera's names, stacked and joined as these are.
+        settings: its `quantization_config`, if it has one.
     """
 
     stored: Dequantized
     scales: Tensors
+    settings: Mapping[str, Any] | None = None
 
     @classmethod
     def of(
-        cls, stored: Dequantized, ours: Translated, names: Mapping[str, str] | None = None
+        cls,
+        stored: Dequantized,
+        ours: Translated,
+        names: Mapping[str, str] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> "BlockScaled":
         """From a checkpoint's tensors before and after translation.
 
@@ -271,99 +289,9 @@ class BlockScaled:
             stored: before.
             ours: after.
             names: name in the plan of `ours` -> name in `stored`, where these differ.
+            settings: its `quantization_config`.
         """
         names = {name: name for name in stored} if names is None else names
         scales = Renamed(stored.scales, {new: old for new, old in names.items() if old in stored.scales})
         plan = [step for step in ours.plan if all(name in scales for name in step.theirs)]
-        return cls(stored, Translated(scales, plan, out=False))
-
-
-@dataclass
-class Quantization:
-    """A conversion to FP8: how one model's matrices become numbers and factors, and what that costs.
-
-    A source in FP8 keeps its numbers and factors bit for bit.
-
-    Attributes:
-        layout: of the target.
-        rules: of the target.
-        config: of the model that is written.
-        source: the source's factors, if it is in FP8 itself.
-        errors: of each matrix that came into FP8 here, by its name.
-        kept: how many come with the factors of the source.
-    """
-
-    layout: Fp8Layout
-    rules: list[Rule]
-    config: TesseraConfig
-    source: BlockScaled | None = None
-    errors: dict[str, QuantizationError] = field(default_factory=dict)
-    kept: int = 0
-
-    def encode(self, theirs: Tensors) -> Quantized:
-        """Tensors under the target's names, as they are written."""
-        known = {} if self.source is None else self.source.scales
-        plan = [
-            step for step in make_plan(self.config, self.rules) if all(name in known for name in step.ours)
-        ]
-        # What is not in FP8 is bf16 in the releases; of a source in FP8 it stays what it is.
-        rest = torch.bfloat16 if self.source is None else None
-        scales = Translated(known, plan, out=True)
-        self.kept = len(scales)
-        return Quantized(theirs, self.layout, scales, rest, self.errors)
-
-    def round(self, ours: Tensors) -> Tensors:
-        """Tensors under Tessera's names, as they are read back from what is written."""
-        encoded = self.encode(to_theirs(ours, self.config, self.rules))
-        return to_ours(Dequantized(encoded, self.layout, self.config.dtype), self.config, self.rules)
-
-    def describe(self) -> list[str]:
-        """The error in sentences: of all matrices together, and of the worst one."""
-        kept = [f"{self.kept} tensors keep the source's numbers in FP8"] if self.kept else []
-        if not self.errors:
-            return kept
-        worst = min(self.errors.values(), key=lambda error: error.sqnr)
-        return [*kept, str(summarize_errors(self.errors.values())), f"the worst is {worst}"]
-
-    def report(self) -> dict[str, Any]:
-        """The error by tensor and of all, for a JSON file. Infinite SQNR (nothing lost) is null."""
-
-        def entry(error: QuantizationError) -> dict[str, float | int | None]:
-            return {
-                "numbers": error.numbers,
-                "max_abs": error.largest,
-                "relative_rms": error.relative_rms,
-                "sqnr_db": error.sqnr if error.noise else None,
-            }
-
-        errors = self.errors
-        return {
-            "kept": self.kept,
-            "all": entry(summarize_errors(errors.values())),
-            "tensors": {name: entry(errors[name]) for name in sorted(errors)},
-        }
-
-
-def load_dequantized(
-    kind: type[PreTrainedModel], folder: Path, fp8: BlockScaled, dtype: torch.dtype
-) -> tuple[nn.Module, dict]:
-    """A model in transformers' own class, from FP8 that was decoded here.
-
-    On a CPU transformers' own decoding takes the height of a block for the rows over the rows of factors,
-    which is wrong where 128 does not divide them.
-
-    Args:
-        kind: transformers' class.
-        folder: of the checkpoint.
-        fp8: its tensors.
-        dtype: of the model.
-
-    Returns:
-        The model, and transformers' account of what it loaded.
-    """
-    config = kind.config_class.from_pretrained(folder)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    return kind.from_pretrained(
-        None, config=config, state_dict=dict(fp8.stored), dtype=dtype, output_loading_info=True
-    )
+        return cls(stored, Translated(scales, plan, out=False), settings)

@@ -55,9 +55,14 @@ def open_source(folder: Path) -> Checkpoint:
     config = family.config_from(values)
     if in_fp8:
         stored = Dequantized(stored, HUGGING_FACE_FP8, config.dtype)
+        if not stored.scales:
+            raise ValueError(
+                f"{folder / 'config.json'} says that the weights are in FP8, but none has factors "
+                f"(*{HUGGING_FACE_FP8.scale_end}); take quantization_config out of it if they are plain"
+            )
     tensors, notes = _clean(stored, config, family)
     ours = to_ours(tensors, config, family.rules_for(tensors))
-    fp8 = BlockScaled.of(stored, ours, tensors.names) if in_fp8 else None
+    fp8 = BlockScaled.of(stored, ours, tensors.names, in_fp8) if in_fp8 else None
     return Checkpoint(folder, model_type, config, ours, family, notes, fp8=fp8)
 
 

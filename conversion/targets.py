@@ -16,7 +16,7 @@ from . import gguf_target, native
 from .checkpoints import Checkpoint
 from .equivalents import cut_padding, pair_halves, pair_neighbours
 from .families import FAMILIES, Family
-from .fp8_checkpoints import HUGGING_FACE_FP8, NATIVE_FP8, QUANTIZATION_CONFIG, Encoder, Fp8Layout
+from .fp8_checkpoints import HUGGING_FACE_FP8, NATIVE_FP8, Encoder, Fp8Layout, Quantized
 from .journal import Journal
 from .nanochat_original import ARCHITECTURES, Architecture, prepare_nanochat, write_nanochat
 from .nanochat_tokenizer import write_ranks
@@ -143,9 +143,9 @@ def _family_target(family: Family) -> Target:
     def write(folder: Path, config: TesseraConfig, tensors: Tensors, options: Options) -> None:
         theirs = family.config_for(config)
         theirs.dtype = config.dtype
-        if options.encode is not None:
-            theirs.quantization_config = QUANTIZATION_CONFIG
         renamed = rename(config, tensors, options)
+        if isinstance(renamed, Quantized):
+            theirs.quantization_config = renamed.settings
         write_safetensors(folder, renamed, options.largest_file, options.journal)
         theirs.save_pretrained(folder)
 

@@ -8,18 +8,20 @@ in memory one after the other. What a result has to pass in all is in `acceptanc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from tessera.modeling.configuration_tessera import TesseraConfig
 from tessera.modeling.modeling_tessera import TesseraForCausalLM
 
 from .checkpoints import Checkpoint
-from .fp8_checkpoints import load_dequantized
+from .fp8_checkpoints import BlockScaled
 from .rules import hold_predictions_ahead, model_shapes, name_some
 from .safetensors_format import same_bytes
 
@@ -145,12 +147,37 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> n
     kind = getattr(transformers, checkpoint.family.architecture)
     with check_loading(kind, checkpoint) as loading:
         if checkpoint.fp8 is not None:
-            loading.model, loading.info = load_dequantized(kind, checkpoint.folder, checkpoint.fp8, dtype)
+            loading.model, loading.info = _load_dequantized(kind, checkpoint.folder, checkpoint.fp8, dtype)
         else:
             loading.model, loading.info = kind.from_pretrained(
                 checkpoint.folder, dtype=dtype, output_loading_info=True
             )
     return loading.model.eval()
+
+
+def _load_dequantized(
+    kind: type[PreTrainedModel], folder: Path, fp8: BlockScaled, dtype: torch.dtype
+) -> tuple[nn.Module, dict]:
+    """A model in transformers' own class, from FP8 that was decoded here.
+
+    On a CPU transformers' own decoding takes the height of a block for the rows over the rows of factors,
+    which is wrong where 128 does not divide them.
+
+    Args:
+        kind: transformers' class.
+        folder: of the checkpoint.
+        fp8: its tensors.
+        dtype: of the model.
+
+    Returns:
+        The model, and transformers' account of what it loaded.
+    """
+    config = kind.config_class.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return kind.from_pretrained(
+        None, config=config, state_dict=dict(fp8.stored), dtype=dtype, output_loading_info=True
+    )
 
 
 @contextmanager

@@ -310,6 +310,50 @@ def test_fp8_goes_through_every_layout_bit_for_bit(tmp_path):
     assert f"{report['kept']} tensors keep the source's numbers in FP8" in done.notes
 
 
+def test_settings_of_the_source_stay_with_its_factors_and_a_head_in_fp8_is_rounded(tmp_path):
+    said = {"scale_fmt": "ue8m0", "modules_to_not_convert": ["model.embed_tokens"]}
+    write_deepseek(tmp_path / "fp8", ODD, **said)
+    file = tmp_path / "fp8/model.safetensors"
+    tensors = load_file(file)
+    head, scale = quantize_blocks(tensors["lm_head.weight"])
+    tensors |= {"lm_head.weight": head, "lm_head.weight_scale_inv": scale}
+    save_file(tensors, file, metadata={"format": "pt"})
+    done = convert(tmp_path / "fp8", tmp_path / "same", to="deepseek_v3", dtype="fp8", verify="weights")
+    found = load_file(tmp_path / "same/model.safetensors")
+    assert "lm_head.weight_scale_inv" not in found
+    assert torch.equal(found["lm_head.weight"], dequantize_blocks(head, scale, torch.bfloat16))
+    kept = sum(name.endswith("_scale_inv") for name in found)
+    assert kept == sum(tensor.dtype == FP8 for tensor in found.values())
+    assert f"{kept} tensors keep the source's numbers in FP8" in done.notes
+    settings = json.loads((tmp_path / "same/config.json").read_text())["quantization_config"]
+    assert settings.items() >= said.items() and settings["weight_block_size"] == [128, 128]
+
+    # A matrix that comes into FP8 here has a factor that is no power of two.
+    tensors[NAME] = dequantize_blocks(tensors[NAME], tensors.pop(NAME + "_scale_inv"))
+    save_file(tensors, file, metadata={"format": "pt"})
+    done = convert(tmp_path / "fp8", tmp_path / "other", to="deepseek_v3", dtype="fp8", verify="weights")
+    assert f"{kept - 1} tensors keep the source's numbers in FP8" in done.notes
+    settings = json.loads((tmp_path / "other/config.json").read_text())["quantization_config"]
+    assert not settings.keys() & said.keys()
+
+
+def test_plain_weights_are_not_called_fp8(tmp_path):
+    write_deepseek(tmp_path / "fp8", ODD)
+    convert(tmp_path / "fp8", tmp_path / "ours", verify="weights")
+    values = json.loads((tmp_path / "fp8/config.json").read_text())
+    config = json.loads((tmp_path / "ours/config.json").read_text())
+    origin = config.get("converted_from") or {"model_type": "deepseek_v3", "fields": {}}
+    origin["fields"]["quantization_config"] = values["quantization_config"]
+    (tmp_path / "ours/config.json").write_text(json.dumps(config | {"converted_from": origin}))
+    convert(tmp_path / "ours", tmp_path / "plain", to="deepseek_v3", verify="weights")
+    config = json.loads((tmp_path / "plain/config.json").read_text())
+    assert "quantization_config" not in config
+    config["quantization_config"] = values["quantization_config"]
+    (tmp_path / "plain/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"says that the weights are in FP8, but none has factors"):
+        convert(tmp_path / "plain", tmp_path / "out")
+
+
 def test_fp32_of_fp8_is_the_unrounded_product(tmp_path):
     write_deepseek(tmp_path / "fp8", ODD)
     convert(tmp_path / "fp8", tmp_path / "plain", to="deepseek_v3", dtype="float32")
