@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -261,20 +262,33 @@ def write_deepseek(folder: Path, sizes: dict, **settings) -> transformers.PreTra
     )
 
 
+@pytest.fixture(scope="module")
+def deepseek(tmp_path_factory):
+    """Copies one release of the odd sizes into a directory, with its plain weights; gives the model."""
+    made = tmp_path_factory.mktemp("release")
+    model = write_deepseek(made / "fp8", ODD)
+
+    def copy(folder: Path) -> transformers.PreTrainedModel:
+        shutil.copytree(made, folder, dirs_exist_ok=True)
+        return model
+
+    return copy
+
+
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
     ids = torch.randint(97, (2, 30), generator=torch.Generator().manual_seed(1))
     return model.eval().float()(ids, use_cache=False).logits
 
 
-def test_a_release_in_fp8_comes_in_with_deepseeks_numbers(tmp_path):
-    model = write_deepseek(tmp_path / "fp8", ODD)
+def test_a_release_in_fp8_comes_in_with_deepseeks_numbers(deepseek, tmp_path):
+    model = deepseek(tmp_path)
     done = convert(tmp_path / "fp8", tmp_path / "ours")
     assert done.source == "deepseek_v3"
     ours = load_model(tmp_path / "ours")
     assert ours.dtype == torch.bfloat16
     torch.testing.assert_close(logits(ours), logits(model), atol=2e-5, rtol=0)
-    convert(tmp_path / "ours", tmp_path / "plain", to="deepseek_v3")
+    convert(tmp_path / "ours", tmp_path / "plain", to="deepseek_v3", verify="weights")
     expected, found = (
         load_file(tmp_path / name) for name in ("plain.safetensors", "plain/model.safetensors")
     )
@@ -283,10 +297,10 @@ def test_a_release_in_fp8_comes_in_with_deepseeks_numbers(tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
 
 
-def test_fp8_goes_through_every_layout_bit_for_bit(tmp_path):
+def test_fp8_goes_through_every_layout_bit_for_bit(deepseek, tmp_path):
     """DeepSeek's directory -> native -> DeepSeek's directory: numbers and factors, not their products."""
-    write_deepseek(tmp_path / "fp8", ODD)
-    convert(tmp_path / "fp8", tmp_path / "native", to="native", dtype="fp8")
+    deepseek(tmp_path)
+    convert(tmp_path / "fp8", tmp_path / "native", to="native", dtype="fp8", verify="weights")
     params = json.loads((tmp_path / "native/params.json").read_text())
     assert params["dtype"] == "fp8"
     stored, native = (
@@ -301,7 +315,7 @@ def test_fp8_goes_through_every_layout_bit_for_bit(tmp_path):
         assert native[f"{ours}.weight"].dtype == FP8
         assert torch.equal(bits(native[f"{ours}.weight"]), bits(stored[f"{theirs}.weight"]))
         assert torch.equal(native[f"{ours}.scale"], stored[f"{theirs}.weight_scale_inv"])
-    done = convert(tmp_path / "native", tmp_path / "back", to="deepseek_v3", dtype="fp8")
+    done = convert(tmp_path / "native", tmp_path / "back", to="deepseek_v3", dtype="fp8", verify="weights")
     assert done.source == "native"
     name = "model.safetensors"
     assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "fp8" / name).read_bytes()
@@ -337,8 +351,8 @@ def test_settings_of_the_source_stay_with_its_factors_and_a_head_in_fp8_is_round
     assert not settings.keys() & said.keys()
 
 
-def test_plain_weights_are_not_called_fp8(tmp_path):
-    write_deepseek(tmp_path / "fp8", ODD)
+def test_plain_weights_are_not_called_fp8(deepseek, tmp_path):
+    deepseek(tmp_path)
     convert(tmp_path / "fp8", tmp_path / "ours", verify="weights")
     values = json.loads((tmp_path / "fp8/config.json").read_text())
     config = json.loads((tmp_path / "ours/config.json").read_text())
@@ -354,9 +368,9 @@ def test_plain_weights_are_not_called_fp8(tmp_path):
         convert(tmp_path / "plain", tmp_path / "out")
 
 
-def test_fp32_of_fp8_is_the_unrounded_product(tmp_path):
-    write_deepseek(tmp_path / "fp8", ODD)
-    convert(tmp_path / "fp8", tmp_path / "plain", to="deepseek_v3", dtype="float32")
+def test_fp32_of_fp8_is_the_unrounded_product(deepseek, tmp_path):
+    deepseek(tmp_path)
+    convert(tmp_path / "fp8", tmp_path / "plain", to="deepseek_v3", dtype="float32", verify="weights")
     stored, plain = (
         load_file(tmp_path / "fp8/model.safetensors"),
         load_file(tmp_path / "plain/model.safetensors"),
@@ -396,6 +410,14 @@ def test_what_is_written_in_fp8_transformers_decodes_alike(tmp_path):
 # ---- native ----
 
 
+@pytest.fixture(scope="module")
+def native_in_fp8(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("native")
+    tiny_model("bytegpt-tiny").save_pretrained(folder / "ours")
+    convert(folder / "ours", folder / "native", to="native", dtype="fp8")
+    return folder / "native"
+
+
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [
@@ -409,8 +431,8 @@ def test_native_fp8_is_read_back_and_cut_for_ranks_and_back(name, sizes, tmp_pat
     """Shares of whole blocks, of parts of one block, and matrices that have one block to a side."""
     model = tiny_model(name, **sizes)
     model.save_pretrained(tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "one", to="native", dtype="fp8")
-    convert(tmp_path / "ours", tmp_path / "both", mp=2, dtype="fp8")
+    convert(tmp_path / "ours", tmp_path / "one", to="native", dtype="fp8", verify="weights")
+    convert(tmp_path / "ours", tmp_path / "both", mp=2, dtype="fp8", verify="weights")
     shard(tmp_path / "one", tmp_path / "two", 2)
     for rank in range(2):
         file = f"model{rank}-mp2.safetensors"
@@ -418,7 +440,7 @@ def test_native_fp8_is_read_back_and_cut_for_ranks_and_back(name, sizes, tmp_pat
     shard(tmp_path / "two", tmp_path / "again", 1)
     file = "model0-mp1.safetensors"
     assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
-    convert(tmp_path / "two", tmp_path / "back")
+    convert(tmp_path / "two", tmp_path / "back", verify="weights")
     back = load_model(tmp_path / "back")
     for key, tensor in model.state_dict().items():
         found = back.state_dict()[key]
@@ -430,12 +452,12 @@ def test_native_fp8_is_read_back_and_cut_for_ranks_and_back(name, sizes, tmp_pat
 
 def test_blocks_that_two_ranks_would_tear_apart_are_refused_by_name(tmp_path):
     tiny_model("llama-tiny", intermediate_size=384).save_pretrained(tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "one", to="native", dtype="fp8")
+    convert(tmp_path / "ours", tmp_path / "one", to="native", dtype="fp8", verify="weights")
     sentence = r"layers\.0\.ffn\.w[123]\.weight cannot be shared by 2 ranks in FP8: 192 rows or columns"
     with pytest.raises(ValueError, match=sentence):
         shard(tmp_path / "one", tmp_path / "two", 2)
     with pytest.raises(ValueError, match=sentence):
-        convert(tmp_path / "ours", tmp_path / "two", mp=2, dtype="fp8")
+        convert(tmp_path / "ours", tmp_path / "two", mp=2, dtype="fp8", verify="weights")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "ours"]
 
 
@@ -491,8 +513,8 @@ def _widen(tensors):
         (_widen, "has factors beside it, but is torch.float32"),
     ],
 )
-def test_damaged_fp8_is_refused_with_the_tensor(damage, sentence, tmp_path):
-    write_deepseek(tmp_path / "fp8", ODD)
+def test_damaged_fp8_is_refused_with_the_tensor(damage, sentence, deepseek, tmp_path):
+    deepseek(tmp_path)
     tensors = load_file(tmp_path / "fp8/model.safetensors")
     damage(tensors)
     save_file(tensors, tmp_path / "fp8/model.safetensors")
@@ -516,9 +538,8 @@ def test_damaged_fp8_is_refused_with_the_tensor(damage, sentence, tmp_path):
         ("layers.0.ffn.w2.weight", lambda t: t.float(), "is torch.float32 and not torch.float8_e4m3fn"),
     ],
 )
-def test_damaged_native_fp8_is_refused_however_it_is_read(name, change, sentence, tmp_path):
-    tiny_model("bytegpt-tiny").save_pretrained(tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "native", to="native", dtype="fp8", verify="weights")
+def test_damaged_native_fp8_is_refused_however_it_is_read(name, change, sentence, native_in_fp8, tmp_path):
+    shutil.copytree(native_in_fp8, tmp_path / "native")
     tensors = load_file(tmp_path / "native/model0-mp1.safetensors")
     tensors[name] = change(tensors[name])
     save_file(tensors, tmp_path / "native/model0-mp1.safetensors", metadata={"format": "pt"})
@@ -540,9 +561,8 @@ def test_damaged_native_fp8_is_refused_however_it_is_read(name, change, sentence
         (lambda factors: torch.full_like(factors, 3e38), "{} holds NaN or infinite numbers"),
     ],
 )
-def test_factors_of_no_numbers_are_not_cut(change, sentence, tmp_path):
-    tiny_model("bytegpt-tiny").save_pretrained(tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "native", to="native", dtype="fp8", verify="weights")
+def test_factors_of_no_numbers_are_not_cut(change, sentence, native_in_fp8, tmp_path):
+    shutil.copytree(native_in_fp8, tmp_path / "native")
     (tmp_path / "native/conversion_report.json").unlink()
     tensors = load_file(tmp_path / "native/model0-mp1.safetensors")
     tensors["layers.0.attn.wo.scale"] = change(tensors["layers.0.attn.wo.scale"])
@@ -560,8 +580,8 @@ def test_fp8_is_refused_where_it_cannot_be(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_factors_are_not_read_before_they_are_asked_for(tmp_path):
-    write_deepseek(tmp_path / "fp8", ODD)
+def test_factors_are_not_read_before_they_are_asked_for(deepseek, tmp_path):
+    deepseek(tmp_path)
     checkpoint = open_checkpoint(tmp_path / "fp8")
     assert set(checkpoint.fp8.scales) < set(checkpoint.tensors)
     assert checkpoint.fp8.scales["model.layers.1.mlp.experts.gate_up_proj"].shape == (4, 4, 2)

@@ -54,7 +54,7 @@ def test_any_number_of_ranks_to_any_other_and_back_gives_the_same_bytes(name, tm
 def test_each_rank_computes_its_share_of_the_whole(tmp_path):
     """What the dimensions of the split are for: shares are concatenated (columns) or summed (rows)."""
     model = save("dense", tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "native", mp=2)
+    convert(tmp_path / "ours", tmp_path / "native", mp=2, verify="weights")
     parts = ranks(tmp_path / "native", 2)
     x = torch.randn(5, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     layer = model.model.layers[1]
@@ -90,7 +90,7 @@ def test_each_rank_computes_its_share_of_the_whole(tmp_path):
 
 def test_latent_attention_gives_each_rank_whole_heads(tmp_path):
     model = save("latent-lowrank-sigmoid", tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "native", mp=2)
+    convert(tmp_path / "ours", tmp_path / "native", mp=2, verify="weights")
     parts, attention = ranks(tmp_path / "native", 2), model.model.layers[0].self_attn
     latent = torch.randn(3, model.config.kv_lora_rank, generator=torch.Generator().manual_seed(0))
     heads = attention.kv_b_proj(latent).unflatten(-1, (model.config.num_attention_heads, -1))
@@ -105,7 +105,7 @@ def test_latent_attention_gives_each_rank_whole_heads(tmp_path):
 def test_experts_go_whole_in_contiguous_ranges(tmp_path):
     model = save("latent-moe", tmp_path / "ours")
     count = model.config.n_routed_experts
-    convert(tmp_path / "ours", tmp_path / "native", n_experts=count, mp=2)
+    convert(tmp_path / "ours", tmp_path / "native", n_experts=count, mp=2, verify="weights")
     layer = model.config.mlp_layer_types.index("sparse")
     moe, width = model.model.layers[layer].mlp, model.config.moe_intermediate_size
     found = []
@@ -128,7 +128,7 @@ def test_experts_go_whole_in_contiguous_ranges(tmp_path):
 def test_the_names_are_those_of_the_release(tmp_path):
     """As in DeepSeek-V3's inference code, for a model with everything that it has."""
     save("latent-lowrank-sigmoid", tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "native", mp=1)
+    convert(tmp_path / "ours", tmp_path / "native", mp=1, verify="weights")
     names = {
         re.sub(r"\.\d+\.", ".N.", re.sub(r"\.\d+\.", ".N.", n)) for n in ranks(tmp_path / "native", 1)[0]
     }
@@ -147,7 +147,7 @@ def test_params_json_alone_means_the_same_model(tmp_path):
     if leading != sorted(leading):  # ModelArgs has the dense layers first
         model = tiny_model("bytegpt-tiny", mlp_layer_types=sorted(leading))
         model.save_pretrained(tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "native", mp=2)
+    convert(tmp_path / "ours", tmp_path / "native", mp=2, verify="weights")
     (tmp_path / "native/config.json").unlink()
     convert(tmp_path / "native", tmp_path / "back")
     ids = torch.arange(30)[None]
@@ -168,7 +168,7 @@ def test_model_args_there_and_back(rope):
 
 def test_incomplete_or_contradicting_ranks_are_refused(tmp_path):
     save("dense", tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "native", mp=2)
+    convert(tmp_path / "ours", tmp_path / "native", mp=2, verify="weights")
     file = tmp_path / "native/model1-mp2.safetensors"
     state = load_file(file)
     save_file({**state, "norm.weight": state["norm.weight"] + 1}, file)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,11 @@ def test_a_killed_call_is_gone_on_from(tmp_path, monkeypatch):
 SAID = {"name": "x", "kind": "native"}
 
 
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    return native("dense", tmp_path_factory.mktemp("native") / "two", 2)
+
+
 def _lose_a_rank(folder):
     (folder / "model1-mp2.safetensors").unlink()
 
@@ -206,8 +212,8 @@ def _no_settings(folder):
         (_no_settings, "has neither config.json nor params.json"),
     ],
 )
-def test_a_damaged_source_is_refused_in_one_sentence(damage, sentence, tmp_path):
-    native("dense", tmp_path / "two", 2)
+def test_a_damaged_source_is_refused_in_one_sentence(damage, sentence, two_ranks, tmp_path):
+    shutil.copytree(two_ranks, tmp_path / "two")
     damage(tmp_path / "two")
     before = files(tmp_path / "two")
     with pytest.raises(ValueError, match=sentence):
