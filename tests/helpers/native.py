@@ -1,7 +1,9 @@
 """Tiny models in the native layout."""
 
+import functools
 from pathlib import Path
 
+from tessera import TesseraForCausalLM
 from tessera.conversion.native import write_native
 
 from .models import tiny_model
@@ -20,9 +22,16 @@ SHARED_BY_FOUR = {
 def native(name: str, folder: Path, world: int = 1, **overrides) -> Path:
     """A tiny model in the native layout."""
     preset, fields = SHARED_BY_FOUR[name]
-    model = tiny_model(preset, **{**fields, **overrides})
+    model = _model(preset, tuple({**fields, **overrides}.items()))
     folder.mkdir()
-    model.config.architectures = ["TesseraForCausalLM"]
     model.config.to_json_file(folder / "config.json")
     write_native(folder, model.config, model.state_dict(), world)
     return folder
+
+
+@functools.cache
+def _model(preset: str, fields: tuple[tuple, ...]) -> TesseraForCausalLM:
+    """Only read here, so one will do for all files."""
+    model = tiny_model(preset, **dict(fields))
+    model.config.architectures = ["TesseraForCausalLM"]
+    return model
