@@ -199,8 +199,13 @@ def rank_files(
     Raises:
         ValueError: if the model cannot be shared among that many.
     """
+    return _share(config, _under_native_names(config, tensors, encode), world)
+
+
+def _share(
+    config: TesseraConfig, native: Mapping[str, torch.Tensor], world: int
+) -> dict[str, dict[str, torch.Tensor]]:
     check_world(config, world)
-    native = _under_native_names(config, tensors, encode)
     files = {rank_file(rank, world): {} for rank in range(world)}
     weight = None
     for name in native:
@@ -235,8 +240,8 @@ def write_native(
         ValueError: if the model cannot be shared among that many.
         OSError: if there is no room, or a file cannot be written.
     """
-    files = rank_files(config, tensors, world, encode)
     native = _under_native_names(config, tensors, encode)
+    files = _share(config, native, world)
     weight = None
     with WeightWriter(folder, files, journal) as writer:
         for name in native:
