@@ -10,7 +10,6 @@ run here on hard texts, and must give the tokenizer's own ids.
 import heapq
 import json
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,8 +51,6 @@ _NO_MERGE = "<no> <merge>"
 _IDLE_BYTE = 0xFF
 # Characters of the texts that scores are tried on: the loop below is Python.
 _LONGEST_PROBE = 600
-# Where transformers keeps chat templates that have a name.
-_NAMED_TEMPLATES = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
@@ -80,10 +77,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         checkpoint.copy_side_files(Path(folder))
-        if (checkpoint.folder / _NAMED_TEMPLATES).is_dir():
-            shutil.copytree(checkpoint.folder / _NAMED_TEMPLATES, Path(folder) / _NAMED_TEMPLATES)
         try:
-            return AutoTokenizer.from_pretrained(folder)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:
             raise ValueError(
                 f"the tokenizer of {checkpoint.folder} does not load ({first_sentence(error)}); restore it, "

@@ -206,7 +206,9 @@ def build_release(
     for file in _weight_files(checkpoint.folder):
         _link_or_copy(file, folder / file.name)
     for file in checkpoint.side_files:
-        _copy_side_file(file, folder / file.name)
+        copy = folder / file.relative_to(checkpoint.folder)
+        copy.parent.mkdir(exist_ok=True)
+        _copy_side_file(file, copy)
     if checkpoint.family is None:
         config = checkpoint.config
         config.architectures = ["TesseraForCausalLM"]
@@ -241,14 +243,16 @@ def build_release(
 def list_release(folder: Path) -> list[ReleaseFile]:
     """What a release consists of, the largest first."""
     files = []
-    for path in sorted(folder.iterdir()):
-        files.append(ReleaseFile(path.name, path, path.stat().st_size, _purpose(path.name)))
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        files.append(ReleaseFile(name, path, path.stat().st_size, _purpose(path.name)))
     return sorted(files, key=lambda file: -file.size)
 
 
 def left_out(model: Path, files: list[ReleaseFile]) -> list[str]:
     """What lies beside a model and is not sent: optimizer state, pickles, logs; folders with `/`."""
-    names = {file.name for file in files}
+    # Of what is in a folder, the folder.
+    names = {file.name.partition("/")[0] for file in files}
     # The code of the model comes from the package, or is not needed.
     code = {path.name for path in Path(modeling.__file__).parent.glob("*.py")}
     beside = sorted(model.iterdir()) if model.is_dir() else []
@@ -309,8 +313,7 @@ def write_release(folder: Path, target: Path) -> None:
     with claimed(target) as aside:
         # The release's own place is another each time: what a call that was killed has left goes.
         Journal(aside, {"release": str(folder)})
-        for file in folder.iterdir():
-            shutil.copyfile(file, aside / file.name)
+        shutil.copytree(folder, aside, dirs_exist_ok=True)
         keep(aside, target)
 
 

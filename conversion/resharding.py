@@ -20,7 +20,7 @@ import torch
 import tessera
 from tessera.modeling.configuration_tessera import TesseraConfig
 
-from .aside import claimed, keep, require_space
+from .aside import claimed, keep, require_space, resolve_target
 from .checkpoints import Checkpoint
 from .fp8_checkpoints import NATIVE_FP8, Dequantized
 from .journal import Journal
@@ -85,13 +85,9 @@ def shard(source: str | Path, target: str | Path, world: int) -> Resharded:
             cannot be shared among so many ranks, or the target is in the way.
     """
     began = time.monotonic()
-    source, target = Path(source), Path(target).resolve()
+    source, target = Path(source), resolve_target(target)
     if not source.is_dir():
         raise ValueError(f"there is no directory {source}")
-    if target == Path.cwd():
-        raise ValueError(f"{target} is the current directory, which cannot be replaced; name a new one")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is there already and not empty; choose another target")
     files = RankFiles(source)
     config = read_native_config(source, files)
     check_world(config, world)

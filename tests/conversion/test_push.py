@@ -20,8 +20,9 @@ from tessera import build_byte_tokenizer
 from tessera.conversion import push as pushing
 from tessera.conversion.aside import claimed
 from tessera.conversion.convert import convert
+from tessera.conversion.journal import Journal
 from tessera.conversion.push import push
-from tessera.conversion.release import build_release, check_release
+from tessera.conversion.release import build_release, check_release, left_out, list_release, write_release
 from tessera.conversion.sources import open_checkpoint
 
 # A stranger: transformers, a Hub, and nothing called tessera.
@@ -204,6 +205,7 @@ def test_the_release_can_be_written_instead_of_sent_and_no_hub_is_asked(tmp_path
     tiny_model("llama-tiny").save_pretrained(tmp_path / "ours")
     # What an earlier one left when it was killed.
     (tmp_path / ".dry.partial").mkdir()
+    Journal(tmp_path / ".dry.partial", {"release": "killed"})
     (tmp_path / ".dry.partial/old.txt").write_text("old")
     with claimed(tmp_path / "dry"), pytest.raises(ValueError, match="another process is writing"):
         push(tmp_path / "ours", "someone/dry", output=tmp_path / "dry")
@@ -214,6 +216,19 @@ def test_the_release_can_be_written_instead_of_sent_and_no_hub_is_asked(tmp_path
     assert not {"old.txt", "lock"} & {path.name for path in (tmp_path / "dry").iterdir()}
     with pytest.raises(ValueError, match="is there already"):
         push(tmp_path / "ours", "someone/dry", output=tmp_path / "dry")
+
+
+def test_chat_templates_with_names_are_released_in_their_folder(tmp_path):
+    save_model(tmp_path / "ours", "llama-tiny")
+    (tmp_path / "ours/additional_chat_templates").mkdir()
+    (tmp_path / "ours/additional_chat_templates/tool_use.jinja").write_text("{{ messages }}")
+    release = release_folder(tmp_path / "release")
+    build_release(open_checkpoint(tmp_path / "ours"), release, "someone/it")
+    files = list_release(release)
+    assert "additional_chat_templates/tool_use.jinja" in {file.name for file in files}
+    assert "additional_chat_templates/" not in left_out(tmp_path / "ours", files)
+    write_release(release, tmp_path / "copy")
+    assert (tmp_path / "copy/additional_chat_templates/tool_use.jinja").read_text() == "{{ messages }}"
 
 
 def test_a_release_that_is_another_model_or_does_not_load_is_refused(tmp_path):
