@@ -262,6 +262,7 @@ def test_a_place_that_cannot_be_written_is_refused_in_one_line(tessera, tmp_path
 # ---- from one end to the other ----
 
 
+@pytest.mark.distributed
 def test_bytegpts_commands_train_and_generate(tmp_path):
     (tmp_path / "bytegpt.json").write_text(json.dumps(BYTEGPT))
     (tmp_path / "prompts.txt").write_text("the quick\nlazy\n\ndog é\n", encoding="utf-8")

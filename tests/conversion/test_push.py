@@ -87,6 +87,7 @@ def stranger_loads(hub, name: str, remote: bool, folder: Path, revision: str = "
     return done.stdout.strip(), out["ids"], out["logits"]
 
 
+@pytest.mark.distributed
 def test_a_run_is_pushed_and_a_stranger_loads_it(hub, tmp_path):
     run = tmp_path / "run"
     model = save_model(run / "final")

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from tessera import build_byte_tokenizer
 
+pytestmark = pytest.mark.distributed
+
 CODE = {f"{name}.py" for name in travelling()}
 MODEL = {"config.json", "generation_config.json", "model.safetensors"}
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
