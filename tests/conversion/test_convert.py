@@ -12,7 +12,6 @@ from helpers.families import LONGROPE, change_config, change_state, logits, save
 from helpers.models import EVERY_MODEL, tiny_config, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers.utils import logging
 
 from tessera import TesseraConfig, build_byte_tokenizer, cli
 from tessera.conversion import convert as conversion
@@ -132,17 +131,10 @@ def test_native_and_back_gives_the_same_bytes(name, tmp_path):
 # ---- refusals ----
 
 
-def test_a_result_with_other_logits_is_not_kept(tmp_path, monkeypatch):
+def test_a_result_with_other_logits_is_not_kept(tmp_path, translate_wrongly):
     """The weights arrive as they were written, but the translation means another model."""
     save_family("llama", tmp_path / "theirs")
-    prepare = conversion._prepare
-
-    def wrong(*arguments):
-        config, tensors = prepare(*arguments)
-        config.rope_reverse = True
-        return config, tensors
-
-    monkeypatch.setattr(conversion, "_prepare", wrong)
+    translate_wrongly()
     with pytest.raises(ValueError, match="not the same model: logits differ by up to .* nothing is kept"):
         convert(tmp_path / "theirs", tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
@@ -355,16 +347,6 @@ def test_a_run_directory_means_its_model(tmp_path):
 
 
 # ---- the command ----
-
-
-@pytest.fixture(autouse=True)
-def loud_again():
-    """A command silences transformers for its process; here others come after it."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    yield
-    logging.set_verbosity(verbosity)
-    if bars:
-        logging.enable_progress_bar()
 
 
 def run_in_process(*arguments) -> int:

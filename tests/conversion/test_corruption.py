@@ -19,7 +19,6 @@ import transformers
 from helpers.models import tiny_model
 from helpers.weights import randomize
 from safetensors.torch import load_file, save_file
-from transformers.utils import logging
 
 from tessera import cli
 from tessera.conversion.convert import convert
@@ -297,16 +296,6 @@ def check(number: int, originals: Path, place: Path, capsys) -> str:
         assert tensor.dtype == expected[name].dtype and tensor.shape == expected[name].shape, (story, name)
         assert tensor.numpy().tobytes() == expected[name].numpy().tobytes(), (story, name)
     return f"{story}: the same weights"
-
-
-@pytest.fixture(autouse=True)
-def loud_again():
-    """A command silences transformers for its process; here others come after it."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    yield
-    logging.set_verbosity(verbosity)
-    if bars:
-        logging.enable_progress_bar()
 
 
 def check_all(numbers: range, originals: Path, place: Path, capsys) -> None:

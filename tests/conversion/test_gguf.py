@@ -11,7 +11,6 @@ from helpers.models import tiny_config, tiny_model
 from helpers.weights import randomize
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from tessera import TesseraConfig, build_byte_tokenizer, cli
 from tessera.conversion import gguf_files, gguf_tokenizer
@@ -296,16 +295,6 @@ def test_a_tensor_is_rounded_and_compared_some_rows_at_a_time(dtype, tmp_path, m
 
 
 # ---- the command ----
-
-
-@pytest.fixture(autouse=True)
-def loud_again():
-    """A command silences transformers for its process; here others come after it."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    yield
-    logging.set_verbosity(verbosity)
-    if bars:
-        logging.enable_progress_bar()
 
 
 def test_the_command_writes_a_file_or_a_directory_and_refuses_what_is_there(tmp_path, capsys):

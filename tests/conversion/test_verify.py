@@ -15,7 +15,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tessera import TesseraConfig, build_byte_tokenizer
 from tessera.conversion import acceptance, samples, verify
-from tessera.conversion import convert as conversion
 from tessera.conversion.checkpoints import Checkpoint
 from tessera.conversion.convert import convert
 from tessera.conversion.families import FAMILIES
@@ -193,20 +192,13 @@ def test_a_sample_of_a_family_runs_in_its_own_class_with_the_layers_that_are_nam
 
 
 @pytest.mark.parametrize("by", ["choice", "memory"])
-def test_a_sample_finds_another_model_too(by, tmp_path, monkeypatch):
+def test_a_sample_finds_another_model_too(by, tmp_path, translate_wrongly):
     save_llama(tmp_path / "theirs", layers=9)
     needed = memory_needed(open_checkpoint(tmp_path / "theirs").config, 3)
     how = {"verify": "sample"} if by == "choice" else {"verify_memory": needed}
     done = convert(tmp_path / "theirs", tmp_path / "right", **how)
     assert done.notes == ["logits are compared on a sample: layers 0, 4, 8 of 9"]
-    prepare = conversion._prepare
-
-    def wrong(*arguments):
-        config, tensors = prepare(*arguments)
-        config.rope_reverse = True
-        return config, tensors
-
-    monkeypatch.setattr(conversion, "_prepare", wrong)
+    translate_wrongly()
     with pytest.raises(ValueError, match="not the same model: logits differ by up to"):
         convert(tmp_path / "theirs", tmp_path / "ours", **how)
     only(tmp_path, "theirs", "right")

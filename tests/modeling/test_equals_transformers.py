@@ -5,28 +5,14 @@ import copy
 import pytest
 import torch
 import transformers
+from helpers.families import LLAMA3, SIZES
 from helpers.weights import NANOCHAT_IN_TREE, load_all, randomize, rename, split_gpt2
 
 from tessera import TesseraConfig, TesseraForCausalLM
 
 TOLERANCE = 1e-4
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-}
 DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 3.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2, "intermediate_size": 96}
