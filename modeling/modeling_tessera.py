@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -36,7 +35,7 @@ from .fused_head import takes_fused_head, with_own_terms
 from .layers import TesseraRotaryEmbedding, TesseraSmear, find_rows, make_norm
 from .masks import make_masks
 from .multi_token import TesseraDrafts, targets_of
-from .parallel_plans import require_splittable
+from .parallel_plans import is_split, require_splittable
 from .parallel_styles import gather_whole
 from .training_loss import TesseraLosses, share_of_batch
 from .weight_init import BACKOUT_START, initialize, residual_scalar_start
@@ -127,7 +126,7 @@ class TesseraPreTrainedModel(PreTrainedModel):
             )
         if distributed_config is not None and distributed_config.tp_size > 1:
             state_dict = {
-                name: gather_whole(tensor).cpu() if isinstance(tensor, DTensor) else tensor
+                name: gather_whole(tensor).cpu() if is_split(tensor) else tensor
                 for name, tensor in state_dict.items()
             }
         gathered = super().gather_sharded_state_dict_for_save(
