@@ -19,6 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tessera.data.hashing import file_sha256
 
+from .optimizer_state import gather_state, restore_state
+
 MANIFEST = "manifest.json"
 
 
@@ -63,7 +65,7 @@ def save_checkpoint(
         model.save_pretrained(aside)
         if tokenizer is not None:
             tokenizer.save_pretrained(aside)
-        save_file(_named_state(model, optimizer), aside / "optimizer.safetensors")
+        save_file(gather_state(model, optimizer), aside / "optimizer.safetensors")
         _write_json(aside / "state.json", {"step": step, **state})
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -147,37 +149,11 @@ def load_checkpoint(
     model = accelerator.unwrap_model(model)
     theirs = load_model(path, config=model.config, dtype=torch.float32)
     model.load_state_dict(theirs.state_dict())
-    restore_optimizer(model, optimizer, load_file(path / "optimizer.safetensors"), path)
+    restore_state(model, optimizer, load_file(path / "optimizer.safetensors"), path)
     random = path / f"random-{accelerator.process_index}.safetensors"
     if random.is_file():
         restore_random(load_file(random))
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
-
-
-def _named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    names = {p: name for name, p in model.named_parameters()}
-    return {
-        f"{names[p]}:{key}": value.detach().contiguous().cpu()
-        for p, values in optimizer.state.items()
-        for key, value in values.items()
-    }
-
-
-def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict, path: Path) -> None:
-    """Gives an optimizer the state that was saved under the names of parameters.
-
-    Raises:
-        ValueError: if a parameter or its state is not there.
-    """
-    params = dict(model.named_parameters())
-    grouped = {p for group in optimizer.param_groups for p in group["params"]}
-    optimizer.state.clear()
-    for full, value in saved.items():
-        name, key = full.rsplit(":", 1)
-        p = params.get(name)
-        if p is None or p not in grouped or (value.ndim and value.shape != p.shape):
-            raise ValueError(f"{path} holds the optimizer of another model: it has no place for {full}")
-        optimizer.state.setdefault(p, {})[key] = value.to(p.device)
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -13,7 +13,6 @@ checkpoints and pictures have their own files.
 """
 
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -22,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,7 +29,6 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast, parse_flag_from_env, set_seed
-from tqdm import tqdm
 
 from tessera.configs.recipes import RECIPE_FILE
 from tessera.configs.resolve import is_byte_gpt_file
@@ -45,11 +43,13 @@ from .feed import Feed
 from .inputs import SPECIAL_IDS, TOKENIZER_META, adopt_vocabulary, open_corpora, read_model_config
 from .optimizers import build_optimizer
 from .pretrain_arguments import PretrainArguments, run_of
+from .progress import Progress
+from .run_log import METRICS_FILE, RunLog
 from .schedules import cosine_with_warmup
 from .smoke import small_arguments, small_config
+from .step import optimizer_step
 
 LOGITS_AT_A_TIME = 2**26  # of a validation batch; 256 MiB in fp32
-SECONDS_BETWEEN_LINES = 10.0  # where there is no progress bar
 
 
 @dataclass
@@ -148,6 +148,7 @@ class Run:
             self.model.gradient_checkpointing_enable()
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.wrapped, self.wrapped_optimizer = self.accelerator.prepare(self.model, self.optimizer)
+        self.log = RunLog(self.folder, self.accelerator.is_main_process)
         self.step, self.seconds = 0, 0.0
         # From here on chance is dropout's, which is not to be the same on all processes.
         set_seed(args.seed, device_specific=True)
@@ -262,7 +263,7 @@ class Run:
             recipe = yaml.safe_dump(asdict(self.args), sort_keys=False, allow_unicode=True)
             (self.folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
             if self.resume:
-                self._trim_metrics()
+                self.log.trim(self.step)
                 # Its weights are those of an older checkpoint as soon as the run goes on.
                 shutil.rmtree(self.folder / "final", ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -294,21 +295,11 @@ class Run:
 
     def _train(self) -> None:
         args, is_main = self.args, self.accelerator.is_main_process
-        bar = tqdm(
-            total=1000,
-            initial=int(1000 * self._progress()),
-            # None: no bar where nobody sees it move; there, a line now and then.
-            disable=None if is_main else True,
-            bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}",
-            desc="training",
-            file=sys.stderr,
-            mininterval=0.5,
-        )
         next_eval = 1 + int(self._progress() * (args.evaluations + 1))
         last_checkpoint, average, logged = self.seconds, None, self.step
-        last_line = time.perf_counter()
         self.wrapped.train()
-        with bar, _first_interrupt() as interrupted:
+        shown = Progress(self._progress(), is_main)
+        with shown, _first_interrupt() as interrupted:
             while (progress := self._progress()) < 1:
                 started = time.perf_counter()
                 loss, norm = self._optimizer_step(progress)
@@ -326,15 +317,7 @@ class Run:
                         loss=average, grad_norm=norm, **self._balance(), **self.feed.epochs(self.step)
                     )
                 progress = self._progress()
-                rate = self.tokens / max(self.seconds, 1e-9)
-                status = f"loss {average:.3f}, {rate:,.0f} tok/s, step {self.step}"
-                bar.set_postfix_str(f" {status}", refresh=False)
-                bar.update(int(1000 * min(progress, 1)) - bar.n)
-                if bar.disable and is_main and time.perf_counter() - last_line >= SECONDS_BETWEEN_LINES:
-                    last_line = time.perf_counter()
-                    left = _duration(self.seconds * (1 / min(progress, 1) - 1))
-                    line = f"{100 * min(progress, 1):3.0f} %  {status}, {left} left"
-                    print(line, file=sys.stderr, flush=True)
+                shown.update(progress, self.step, average, self.tokens, self.seconds)
                 if stop:
                     self._checkpoint()
                     self.say(f"stopped at step {self.step}; its checkpoint is saved, go on with --resume")
@@ -346,8 +329,7 @@ class Run:
                     next_eval += evaluate
                 if progress < 1 and evaluate:
                     held_out = self._evaluate(whole=False)
-                    if is_main:
-                        bar.write(f"{100 * progress:3.0f} %  {_describe(held_out)}", file=sys.stderr)
+                    shown.write(f"{100 * progress:3.0f} %  {_describe(held_out)}")
                 minutes, steps = args.checkpoint_minutes, args.checkpoint_steps
                 due = minutes and self.seconds - last_checkpoint >= 60 * minutes
                 if due or (steps and self.step % steps == 0):
@@ -374,23 +356,13 @@ class Run:
         return bool(stop)
 
     def _optimizer_step(self, progress: float) -> tuple[float, float]:
-        args, accelerator = self.args, self.accelerator
+        args = self.args
         factor = cosine_with_warmup(progress, self.warmup, args.floor)
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
-        count = self.feed.counted(self.step)
-        total = torch.zeros((), device=accelerator.device)
-        for i, batch in enumerate(self.feed.micro_batches(self.step, accelerator.device), start=1):
-            last = i == self.feed.accumulation
-            with nullcontext() if last else accelerator.no_sync(self.wrapped):
-                loss = self.wrapped(**batch, num_items_in_batch=count, use_cache=False).loss
-                # Processes average their gradients; the loss is already divided by the tokens of all.
-                accelerator.backward(loss * accelerator.num_processes)
-            total += loss.detach()
-        norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), args.clip) if args.clip else math.nan
-        self.wrapped_optimizer.step()
-        self.wrapped_optimizer.zero_grad()
-        return accelerator.reduce(total, "sum").item(), float(norm)
+        return optimizer_step(
+            self.accelerator, self.wrapped, self.wrapped_optimizer, self.feed, self.step, args.clip
+        )
 
     def _evaluate(self, whole: bool) -> TextLoss:
         """Scores the held-out text, or a sample of it, and records that."""
@@ -413,12 +385,7 @@ class Run:
     # ---- what it writes ----
 
     def _record(self, **values: float) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        record = {"step": self.step, "tokens": self.tokens, "seconds": round(self.seconds, 3)}
-        record.update({key: round(float(value), 6) for key, value in values.items() if not math.isnan(value)})
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self.log.record(self.step, self.tokens, self.seconds, **values)
 
     def _balance(self) -> dict[str, float]:
         """How evenly the experts were used in the last step: the worst layer, and the mean entropy."""
@@ -430,15 +397,6 @@ class Run:
             "router_max_violation": max(layer["max_violation"] for layer in layers),
             "router_entropy": sum(entropies) / len(entropies),
         }
-
-    def _trim_metrics(self) -> None:
-        """Drops the records of steps that the resumed run will do again."""
-        path = self.folder / "metrics.jsonl"
-        if path.is_file():
-            kept = [record for record in read_metrics(path) if record["step"] <= self.step]
-            aside = path.with_suffix(".partial")
-            aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-            aside.replace(path)
 
     def _rows_identity(self) -> dict:
         """What fixes which row a step sees, and the optimizer that its state is of."""
@@ -489,7 +447,7 @@ class Run:
                 os.replace(partial, self.weights_file)
             (self.folder / "sample.txt").write_text(sample, encoding="utf-8")
             curve = self.folder / "loss.png"
-            if draw_curve(read_metrics(self.folder / "metrics.jsonl"), curve, f"{self.args.config}"):
+            if draw_curve(read_metrics(self.folder / METRICS_FILE), curve, f"{self.args.config}"):
                 self.say(f"loss curve: {curve}")
             else:
                 self.say("loss curve: not drawn, matplotlib is not installed (extra 'train')")
@@ -515,11 +473,6 @@ def _first_interrupt() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def _duration(seconds: float) -> str:
-    minutes = math.ceil(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 def _describe(loss: TextLoss) -> str:

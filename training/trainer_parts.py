@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 
-from .checkpoints import restore_optimizer, restore_random, save_checkpoint
+from .checkpoints import restore_random, save_checkpoint
 from .curves import read_metrics
+from .optimizer_state import restore_state
 
 SECONDS_BETWEEN_LINES = 10.0  # where there is no progress bar
 
@@ -60,7 +61,7 @@ class PlainCheckpoints:
             return
         saved = load_file(self.checkpoint / "optimizer.safetensors")
         model = self.accelerator.unwrap_model(self.model)
-        restore_optimizer(model, self.optimizer.optimizer, saved, self.checkpoint)
+        restore_state(model, self.optimizer.optimizer, saved, self.checkpoint)
         state = json.loads((self.checkpoint / "state.json").read_text(encoding="utf-8"))
         self.lr_scheduler.load_state_dict(state["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
