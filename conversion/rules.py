@@ -8,6 +8,8 @@ application; the lists are in `families/`, `native.py` and `nanochat_original.py
 """
 
 import copy
+import functools
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -91,7 +93,13 @@ class Step:
 
 def model_shapes(config: TesseraConfig) -> dict[str, torch.Size]:
     """Names and shapes of the tensors in a checkpoint of this configuration; a tied head is not one."""
-    config = hold_predictions_ahead(config)
+    return dict(_model_shapes(config.to_json_string(use_diff=False)))
+
+
+# To build a model, even one without memory, takes longer than to convert a small one, which asks some times.
+@functools.lru_cache(maxsize=8)
+def _model_shapes(config_json: str) -> dict[str, torch.Size]:
+    config = hold_predictions_ahead(TesseraConfig.from_dict(json.loads(config_json)))
     with torch.device("meta"):
         shapes = {
             name: tensor.shape
