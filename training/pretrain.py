@@ -13,13 +13,13 @@ checkpoints and pictures have their own files.
 """
 
 import dataclasses
+import functools
 import math
 import os
 import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,8 +27,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate import Accelerator
-from accelerate.utils import broadcast, parse_flag_from_env, set_seed
+from accelerate.utils import set_seed
 
 from tessera.configs.recipes import RECIPE_FILE
 from tessera.configs.resolve import is_byte_gpt_file
@@ -38,16 +37,19 @@ from tessera.modeling.loading import load_model
 from tessera.modeling.modeling_tessera import TesseraForCausalLM
 
 from .checkpoints import find_checkpoint, load_checkpoint, newest_verified, save_checkpoint, verify
+from .clock import Clock
 from .curves import draw_curve, read_metrics
+from .engine import Engine, start_processes
 from .feed import Feed
+from .guards import BadSteps, SkippedSteps
 from .inputs import SPECIAL_IDS, TOKENIZER_META, adopt_vocabulary, open_corpora, read_model_config
-from .optimizers import build_optimizer
+from .parallel import save_whole
 from .pretrain_arguments import PretrainArguments, run_of
 from .progress import Progress
 from .run_log import METRICS_FILE, RunLog
 from .schedules import cosine_with_warmup
 from .smoke import small_arguments, small_config
-from .step import optimizer_step
+from .step import Outcome, Outcomes
 
 LOGITS_AT_A_TIME = 2**26  # of a validation batch; 256 MiB in fp32
 
@@ -77,7 +79,8 @@ def pretrain(args: PretrainArguments, resume: bool | str = False, smoke: bool = 
     Raises:
         ValueError: for what cannot work: in the arguments, configuration, text, tokenizer or checkpoint.
             Nothing that was there is touched then.
-        FloatingPointError: if the loss is no longer a number.
+        FloatingPointError: if loss or gradient is no number, and going back to a checkpoint did not help.
+        OutOfRows: if memory does not suffice for one row at a time.
         KeyboardInterrupt: after Ctrl-C, once the step is done and a checkpoint is written.
     """
     return Run(args, resume, smoke=smoke).run()
@@ -103,13 +106,7 @@ class Run:
     ):
         if args.optimizer is None:
             args = dataclasses.replace(args, optimizer="adamw" if is_byte_gpt_file(args.config) else "muon")
-        # Said aloud, because accelerate takes processes on a CPU for so many runs of one process otherwise.
-        cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-        bf16 = not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        bf16 = bf16 and args.precision == "auto"
-        self.accelerator = Accelerator(cpu=cpu, mixed_precision="bf16" if bf16 else "no")
-        # A launcher's own setting would divide every loss once more.
-        self.accelerator.gradient_accumulation_steps = 1
+        self.accelerator, self.layout, precision = start_processes(args)
         if smoke:
             args = small_arguments(args, self.accelerator.num_processes, bool(resume))
             # An earlier smoke run is in nobody's way.
@@ -138,20 +135,32 @@ class Run:
                 f"sequence_length {self.length} is longer than the model's context of "
                 f"{config.max_position_embeddings} positions"
             )
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        self.feed = Feed(self.corpora, args, self.length, rank, processes)
+        self.feed = Feed(self.corpora, args, self.length, self.layout.data_rank, self.layout.data_size)
         self.prompt = self._encode_prompt(config)
         self._plan()
-        self.model = self._make_model(config, weights)
-        self.optimizer = build_optimizer(self.model, args.optimizer, args.learning_rate, args.weight_decay)
-        if args.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+        self.skipped = SkippedSteps()
+        self.engine = Engine(
+            args,
+            self.accelerator,
+            self.layout,
+            precision,
+            config,
+            self.feed,
+            build=functools.partial(self._make_model, config, weights),
+            load=functools.partial(load_model, dtype=torch.float32),
+            say=self.say,
+            place_of=lambda step: self.skipped.place_of(step),
+        )
+        self.model, self.optimizer = self.engine.model, self.engine.optimizer
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.wrapped, self.wrapped_optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.log = RunLog(self.folder, self.accelerator.is_main_process)
-        self.step, self.seconds = 0, 0.0
-        # From here on chance is dropout's, which is not to be the same on all processes.
-        set_seed(args.seed, device_specific=True)
+        self.last: Outcome | None = None
+        self.step, self.clock, self.outcomes = 0, Clock(), Outcomes(self.accelerator.device)
+        # The clock that all processes go by: that of the first, when the last step was read that was read.
+        self.seconds = 0.0
+        self.guard = BadSteps(args.bad_steps, args.rollbacks)
+        # From here on chance is dropout's, which is not to be the same for different rows.
+        set_seed(args.seed + self.layout.data_rank)
 
     def _check_folder(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
@@ -230,12 +239,12 @@ class Run:
         before = self._evaluate(whole=not self.smoke)
         self.say(f"before training: {_describe(before)}")
         self._train()
-        after = self._evaluate(whole=not self.smoke)
         self._checkpoint()
+        after = self._evaluate(whole=not self.smoke)
         sample = self._sample()
         final = self._finish(sample)
         self.say(f"after training:  {_describe(after)}")
-        return PretrainResult(self.folder, final, before, after, self.seconds, self.tokens, sample)
+        return PretrainResult(self.folder, final, before, after, self.clock.seconds, self.tokens, sample)
 
     @property
     def tokens(self) -> int:
@@ -245,14 +254,15 @@ class Run:
     def _start(self) -> None:
         if self.resume:
             newest = self._checkpoint_to_resume()
-            state = load_checkpoint(newest, self.accelerator, self.wrapped, self.optimizer)
+            state = self._load(newest)
             if state["rows"] != (ours := self._rows_identity()):
                 other = sorted(key for key in ours | state["rows"] if ours.get(key) != state["rows"].get(key))
                 raise ValueError(
                     f"{newest} was trained on other data, or with another batch, window, order, seed or "
                     f"optimizer: it differs in {', '.join(other)}"
                 )
-            self.step, self.seconds = state["step"], state["seconds"]
+            self.clock = Clock(state["seconds"])
+            self.seconds = state["seconds"]
             self.say(f"resuming from {newest}")
         if self.accelerator.is_main_process:
             if self.replace:
@@ -269,7 +279,6 @@ class Run:
         self.accelerator.wait_for_everyone()
         total = self.model.num_parameters()
         length = f"{self.total_steps} steps" if self.total_steps else f"{self.args.minutes:g} minutes"
-        precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
         if self.smoke:
             self.say("smoke run: a few small steps to see that everything works; its figures mean nothing")
         self.say(
@@ -277,8 +286,17 @@ class Run:
             f"{sum(len(one.train.ids) for one in self.corpora):,} tokens to train on, "
             f"{sum(len(one.val.ids) for one in self.corpora):,} held out; {length} of "
             f"{self.args.batch_size} x {self.length} tokens on {self.accelerator.num_processes} x "
-            f"{self.accelerator.device.type} in {precision}, {self.args.optimizer}"
+            f"{self.accelerator.device.type} in {self.engine.precision.compute}, {self.args.optimizer}"
         )
+        for line in self.engine.describe():
+            self.say(line)
+
+    def _load(self, checkpoint: Path) -> dict:
+        """Goes to where a checkpoint is, but for the clock; returns its state."""
+        state = load_checkpoint(checkpoint, self.accelerator, self.model, self.optimizer)
+        self.step, self.skipped.places = state["step"], state.get("skipped", [])
+        self.engine.restore(state.get("engine", {}))
+        return state
 
     def _checkpoint_to_resume(self) -> Path:
         path = Path(self.resume) if isinstance(self.resume, str) else self.folder
@@ -294,47 +312,54 @@ class Run:
         return newest
 
     def _train(self) -> None:
-        args, is_main = self.args, self.accelerator.is_main_process
-        next_eval = 1 + int(self._progress() * (args.evaluations + 1))
-        last_checkpoint, average, logged = self.seconds, None, self.step
-        self.wrapped.train()
-        shown = Progress(self._progress(), is_main)
-        with shown, _first_interrupt() as interrupted:
-            while (progress := self._progress()) < 1:
-                started = time.perf_counter()
-                loss, norm = self._optimizer_step(progress)
+        self.engine.warm_up(self.step, self.total_steps)
+        self.last_checkpoint, self.average, self.logged = self.seconds, None, self.step
+        self.next_eval = 1 + int(self._progress() * (self.args.evaluations + 1))
+        self.model.train()
+        self.shown = Progress(self._progress(), self.accelerator.is_main_process)
+        with self.shown, _first_interrupt() as self.interrupted, self.clock:
+            while not self._is_done():
+                self._optimizer_step(self._progress())
                 self.step += 1
-                self.seconds += time.perf_counter() - started
-                stop = self._agree(interrupted)
-                average = loss if average is None else 0.95 * average + 0.05 * loss
-                if not math.isfinite(loss):
-                    raise FloatingPointError(
-                        f"the loss is {loss} at step {self.step}; lower the learning rate"
-                    )
-                if self.step - logged >= args.log_steps or self.step == 1:
-                    logged = self.step
-                    self._record(
-                        loss=average, grad_norm=norm, **self._balance(), **self.feed.epochs(self.step)
-                    )
-                progress = self._progress()
-                shown.update(progress, self.step, average, self.tokens, self.seconds)
-                if stop:
+                log = self.step - self.logged >= self.args.log_steps or self.step == 1
+                # What is logged of a step is read before the next one is queued, else some steps later.
+                if self._settle(everything=log):
+                    continue
+                if log:
+                    self._log()
+                if self.stopping:
+                    self._settle(everything=True)
                     self._checkpoint()
                     self.say(f"stopped at step {self.step}; its checkpoint is saved, go on with --resume")
                     raise KeyboardInterrupt
-                if args.eval_steps:
-                    evaluate = self.step % args.eval_steps == 0
-                else:
-                    evaluate = progress * (args.evaluations + 1) >= next_eval
-                    next_eval += evaluate
-                if progress < 1 and evaluate:
-                    held_out = self._evaluate(whole=False)
-                    shown.write(f"{100 * progress:3.0f} %  {_describe(held_out)}")
-                minutes, steps = args.checkpoint_minutes, args.checkpoint_steps
-                due = minutes and self.seconds - last_checkpoint >= 60 * minutes
-                if due or (steps and self.step % steps == 0):
-                    last_checkpoint = self.seconds
-                    self._checkpoint()
+                self._evaluate_or_save()
+        self.engine.close()
+
+    def _is_done(self) -> bool:
+        """Whether the run is at its end, with all steps read, which may show that it is not."""
+        return self._progress() >= 1 and not self._settle(everything=True) and self._progress() >= 1
+
+    def _evaluate_or_save(self) -> None:
+        """Both, either or none, as this step or this minute has it."""
+        args, progress = self.args, self._progress()
+        if args.eval_steps:
+            evaluate = self.step % args.eval_steps == 0
+        else:
+            evaluate = progress * (args.evaluations + 1) >= self.next_eval
+            self.next_eval += evaluate
+        evaluate = evaluate and progress < 1
+        minutes, steps = args.checkpoint_minutes, args.checkpoint_steps
+        save = bool(minutes) and self.seconds - self.last_checkpoint >= 60 * minutes
+        save = save or bool(steps and self.step % steps == 0)
+        if not (evaluate or save) or self._settle(everything=True):
+            return
+        with self.clock.paused():
+            # What was learnt is safe before an evaluation, in which memory may run out, and other things.
+            self._checkpoint()
+            self.last_checkpoint = self.seconds
+            if evaluate:
+                held_out = self._evaluate(whole=False)
+                self.shown.write(f"{100 * progress:3.0f} %  {_describe(held_out)}")
 
     def _progress(self) -> float:
         shares = [self.step / self.total_steps] if self.total_steps else []
@@ -342,27 +367,80 @@ class Run:
             shares.append(self.seconds / (60 * self.args.minutes))
         return max(shares)
 
-    def _agree(self, interrupted: threading.Event) -> bool:
-        """Gives all processes the clock of the first, so that they checkpoint and end at the same step.
-
-        Returns:
-            Whether to stop.
-        """
-        if self.accelerator.num_processes == 1:
-            return interrupted.is_set()
-        shared = [self.seconds, float(interrupted.is_set())]
-        shared = torch.tensor(shared, dtype=torch.float64, device=self.accelerator.device)
-        self.seconds, stop = broadcast(shared).tolist()
-        return bool(stop)
-
-    def _optimizer_step(self, progress: float) -> tuple[float, float]:
-        args = self.args
-        factor = cosine_with_warmup(progress, self.warmup, args.floor)
+    def _optimizer_step(self, progress: float) -> None:
+        """Queues a step."""
+        factor = cosine_with_warmup(progress, self.warmup, self.args.floor)
         for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = rate * factor
-        return optimizer_step(
-            self.accelerator, self.wrapped, self.wrapped_optimizer, self.feed, self.step, args.clip
+        values = self.engine.step(self.step, self.clock.seconds, self.interrupted.is_set())
+        self.outcomes.add(self.step + 1, values)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether some process was asked to stop, as far as steps were read."""
+        return self.last is not None and self.last.stop
+
+    def _settle(self, everything: bool) -> bool:
+        """Reads what steps came to: all queued ones, or those that the device has done by now.
+
+        Returns:
+            Whether the run has gone back to an earlier step.
+        """
+        for outcome in self.outcomes.settled(0 if everything else None):
+            self.last = outcome
+            # Processes go by one clock, so that they save and end at the same step.
+            self.seconds = outcome.seconds if self.accelerator.num_processes > 1 else self.clock.seconds
+            if outcome.no_memory:
+                self.outcomes.forget()
+                self.step = outcome.step - 1
+                self.engine.halve(self.step)
+                return True
+            verdict = self.guard.note(outcome) if self.engine.is_bad(outcome) else self.guard.good()
+            if verdict == "stop":
+                self._give_up(outcome)
+            if verdict is not None:
+                self.say(f"step {outcome.step} is skipped: {_what_is_wrong(outcome)}")
+            else:
+                self.average = _smoothed(self.average, outcome.loss)
+            if verdict == "back":
+                self._roll_back()
+                return True
+            if self.average is not None:
+                self.shown.update(
+                    self._progress(), outcome.step, self.average, self.tokens, self.clock.seconds
+                )
+        return False
+
+    def _roll_back(self) -> None:
+        """To the last good checkpoint, and past the rows that led here."""
+        newest, _ = newest_verified(self.folder / "checkpoints")
+        if newest is None:
+            # None of these steps was taken: the weights are those of before.
+            self.say(f"{self.args.bad_steps} bad steps in a row and no checkpoint yet: going on behind them")
+            self.guard.good()
+            return
+        places = {*self.skipped.places, *(self.skipped.place_of(bad.step - 1) for bad in self.guard.bad)}
+        self.guard.good()
+        self.outcomes.forget()
+        self._load(newest)
+        self.skipped.places = sorted(places)
+        self.average, self.logged = None, self.step
+        if self.accelerator.is_main_process:
+            self.log.trim(self.step)
+        self.say(f"{self.args.bad_steps} bad steps in a row: back to {newest}, without their rows")
+
+    def _give_up(self, outcome: Outcome) -> None:
+        file = self.engine.save_bad_batch(self.folder, outcome.step - 1)
+        raise FloatingPointError(
+            f"{_what_is_wrong(outcome)} at step {outcome.step}, after {self.args.rollbacks} times back; its "
+            f"rows are in {file}; lower the learning rate"
         )
+
+    def _log(self) -> None:
+        self.logged = self.step
+        if self.average is not None:
+            values = {"loss": self.average, "grad_norm": self.last.norm}
+            self._record(**values, **self._balance(), **self.feed.epochs(self.step))
 
     def _evaluate(self, whole: bool) -> TextLoss:
         """Scores the held-out text, or a sample of it, and records that."""
@@ -373,7 +451,7 @@ class Run:
         losses, of_each = [], {}
         for one in self.corpora:
             ids, num_bytes = one.val.ids, one.val.num_bytes
-            loss = text_loss(self.wrapped, ids, num_bytes, self.length, batch_size, self.accelerator, every)
+            loss = text_loss(self.model, ids, num_bytes, self.length, batch_size, self.accelerator, every)
             losses.append(loss)
             if len(self.corpora) > 1:
                 of_each[f"val_loss/{one.name}"] = loss.nats
@@ -385,7 +463,7 @@ class Run:
     # ---- what it writes ----
 
     def _record(self, **values: float) -> None:
-        self.log.record(self.step, self.tokens, self.seconds, **values)
+        self.log.record(self.step, self.tokens, self.clock.seconds, **values)
 
     def _balance(self) -> dict[str, float]:
         """How evenly the experts were used in the last step: the worst layer, and the mean entropy."""
@@ -403,10 +481,16 @@ class Run:
         return {**self.feed.identity(), "optimizer": [group["name"] for group in self.optimizer.param_groups]}
 
     def _checkpoint(self) -> None:
-        state = {"seconds": self.seconds, "tokens": self.tokens, "rows": self._rows_identity()}
+        state = {
+            "seconds": self.clock.seconds,
+            "tokens": self.tokens,
+            "rows": self._rows_identity(),
+            "skipped": self.skipped.places,
+            "engine": self.engine.state(),
+        }
         folder = self.folder / "checkpoints"
         save_checkpoint(
-            folder, self.step, self.accelerator, self.wrapped, self.optimizer, state, self.tokenizer
+            folder, self.step, self.accelerator, self.model, self.optimizer, state, self.tokenizer
         )
 
     @torch.no_grad()
@@ -431,11 +515,11 @@ class Run:
 
     def _finish(self, sample: str) -> Path:
         """Writes `final/`, a complete Hugging Face directory, aside and renamed; then curve and sample."""
-        final = self.folder / "final"
+        final, aside = self.folder / "final", self.folder / ".final.partial"
         if self.accelerator.is_main_process:
-            aside = self.folder / ".final.partial"
             shutil.rmtree(aside, ignore_errors=True)
-            self.model.save_pretrained(aside)
+        save_whole(self.model, aside, self.accelerator.is_main_process)
+        if self.accelerator.is_main_process:
             self.tokenizer.save_pretrained(aside)
             if notes := self.corpora[0].tokenizer_meta:
                 shutil.copyfile(notes, aside / TOKENIZER_META)
@@ -457,22 +541,35 @@ class Run:
 
 @contextmanager
 def _first_interrupt() -> Iterator[threading.Event]:
-    """Within it, the first Ctrl-C sets the event that it gives; a second one ends the process as always."""
+    """Within it, the first Ctrl-C or SIGTERM sets the event that it gives; a second one acts as ever."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number, frame) -> None:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before[number])
         event.set()
 
-    signal.signal(signal.SIGINT, note)
+    for number in before:
+        signal.signal(number, note)
     try:
         yield event
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _what_is_wrong(outcome: Outcome) -> str:
+    what, value = "the loss", outcome.loss
+    if math.isfinite(value):
+        what, value = "the gradient's norm", outcome.norm
+    return f"{what} is {value}"
+
+
+def _smoothed(average: float | None, loss: float) -> float:
+    return loss if average is None else 0.95 * average + 0.05 * loss
 
 
 def _describe(loss: TextLoss) -> str:

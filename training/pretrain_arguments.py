@@ -42,7 +42,7 @@ class PretrainArguments:
         learning_rate, weight_decay, warmup, floor, clip: see `optimizers.py` and `schedules.py`;
             `clip` is the largest gradient norm, 0 for none.
         warmup_steps: the warm-up in steps, instead of `warmup`, its share of the run.
-        precision: `auto` is bf16 autocast on a GPU that has it and fp32 elsewhere; `fp32`.
+        precision: `bf16`, `fp16`, `fp32` or `auto`: see `precision.py`.
         seed: of weights, data order and dropout.
         evaluations: validation passes during the run, beside those at its start and end.
         eval_steps: steps between them, instead.
@@ -150,8 +150,8 @@ class PretrainArguments:
         for name in ("warmup", "floor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
-        if self.precision not in ("auto", "fp32"):
-            raise ValueError(f"precision must be 'auto' or 'fp32', got '{self.precision}'")
+        if self.precision not in ("auto", "bf16", "fp16", "fp32"):
+            raise ValueError(f"precision must be auto, bf16, fp16 or fp32, got '{self.precision}'")
         if self.packing not in PACKINGS:
             raise ValueError(f"packing must be {' or '.join(map(repr, PACKINGS))}, got '{self.packing}'")
         if isinstance(self.data_file, list) and len(self.data_file) == 1:

@@ -486,7 +486,7 @@ def test_what_is_already_there_is_refused_and_left_alone(existing, tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
-    with pytest.raises(FloatingPointError, match="the loss is (nan|inf) at step .*; lower the learning rate"):
+    with pytest.raises(FloatingPointError, match="is (nan|inf) at step .*; lower the learning rate"):
         tiny_run(tmp_path, optimizer="adamw", learning_rate=1e30, clip=0, warmup=0, steps=20)
     assert not (tmp_path / "run" / "final").exists()
 

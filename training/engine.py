@@ -1,0 +1,313 @@
+"""The model of a run, made ready to be trained: numbers, kernels, compiler, processes, optimizer, steps.
+
+`Engine` puts together what the rooms beside it decide (`precision.py`, `attention_tier.py`, `compiling.py`,
+`parallel.py`), tries each shape before the clock starts, and queues steps, with smaller micro-batches where
+memory runs out. What belongs here: that order of things. How long a run is, what it logs and what it leaves
+is the loop's, `pretrain.py`.
+"""
+
+import dataclasses
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import parse_flag_from_env
+from torch import nn
+
+from tessera.data.order import share
+from tessera.modeling.configuration_tessera import TesseraConfig
+from tessera.modeling.modeling_tessera import TesseraForCausalLM
+
+from . import compiling, guards
+from .attention_tier import apply_attention, choose_attention, needs_of
+from .feed import Feed
+from .optimizers import build_optimizer
+from .parallel import Layout, agree, choose_layout, gathered, shard, split_by_engine, wrap
+from .precision import Precision, choose_precision
+from .prefetch import Prefetcher
+from .pretrain_arguments import PretrainArguments
+from .step import Outcome, StepData, StepRunner, free_memory, take_step
+
+
+def start_processes(args: PretrainArguments) -> tuple[Accelerator, Layout, Precision]:
+    """Joins the processes of the launch, and decides what they compute in and how they share the work.
+
+    Raises:
+        ValueError: for what this device, or so many processes, cannot do.
+    """
+    # Said aloud, because accelerate takes processes on a CPU for so many runs of one process otherwise.
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        # `accelerate config` says it this way; the splitting is done by `parallel.py` all the same.
+        os.environ.pop("ACCELERATE_USE_FSDP")
+        if args.parallel == "ddp" and args.tensor_parallel == args.expert_parallel == 1:
+            args = dataclasses.replace(args, parallel="fsdp")
+    state = PartialState(cpu=cpu)
+    precision = choose_precision(args.precision, args.weights, state.device)
+    layout = choose_layout(args, state.num_processes, state.process_index)
+    accelerator = Accelerator(cpu=cpu, mixed_precision=precision.mixed_precision)
+    # A launcher's own setting would divide every loss once more.
+    accelerator.gradient_accumulation_steps = 1
+    return accelerator, layout, precision
+
+
+class Engine:
+    """The model and the optimizer of a run, and its steps.
+
+    Args:
+        args: of the run.
+        accelerator, layout, precision: from `start_processes`.
+        config: of the model.
+        feed: the rows.
+        build: makes the model as one process would have it.
+        load: loads one from a directory, given a `distributed_config`.
+        say: prints once, whatever the number of processes.
+        place_of: which rows of the feed a step has.
+        backend: of `torch.compile`.
+
+    Raises:
+        ValueError: for what cannot be had on this device or with this model.
+    """
+
+    def __init__(
+        self,
+        args: PretrainArguments,
+        accelerator: Accelerator,
+        layout: Layout,
+        precision: Precision,
+        config: TesseraConfig,
+        feed: Feed,
+        build: Callable[[], TesseraForCausalLM],
+        load: Callable[..., TesseraForCausalLM],
+        say: Callable[[str], None],
+        place_of: Callable[[int], int],
+        backend: str = "inductor",
+    ):
+        self.args, self.accelerator, self.layout, self.precision = args, accelerator, layout, precision
+        self.feed, self.say = feed, say
+        device = accelerator.device
+        half = precision.compute != "fp32"
+        self.needs = needs_of(config, feed.length, args.isolate_documents, half)
+        self.attention = choose_attention(args.attention, self.needs, device)
+        self.compiles = compiling.choose_compile(args.compile, device, layout.sharded, backend)
+        if args.gradient_checkpointing_every < 1:
+            raise ValueError(
+                f"gradient_checkpointing_every must be at least 1, got {args.gradient_checkpointing_every}"
+            )
+        self.model = split_by_engine(build, load, layout) if layout.by_engine else build()
+        apply_attention(self.model, self.attention, say)
+        if args.gradient_checkpointing:
+            checkpoint_layers(self.model, args.gradient_checkpointing_every)
+        if precision.weights != "fp32":
+            self.model.to(precision.weight_dtype)
+        self.model.to(device)
+        if self.compiles.on and self.compiles.by_layer:
+            compiling.compile_layers(self.model, self.compiles)
+        if layout.shard_size > 1 and not layout.by_engine:
+            shard(self.model, layout, device, bf16=precision.mixed_precision == "bf16")
+        self.optimizer = self._build_optimizer()
+        self.wrapped_optimizer = accelerator.prepare_optimizer(self.optimizer)
+        self.runner = self._make_runner()
+        self.rows = Prefetcher(feed, device, place_of)
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        args = self.args
+        return build_optimizer(self.model, args.optimizer, args.learning_rate, args.weight_decay)
+
+    def _make_runner(self) -> StepRunner:
+        model: nn.Module = self.model
+        if self.compiles.on and not self.compiles.by_layer:
+            model = compiling.compile_whole(model, self.compiles)
+        return StepRunner(
+            self.accelerator,
+            self.layout,
+            self.precision,
+            wrap(model, self.layout, self.accelerator.device),
+            self.wrapped_optimizer,
+            self.args.clip,
+            self.attention.context,
+        )
+
+    def describe(self) -> Iterator[str]:
+        """Lines on what a run is about to do, for its start."""
+        yield f"precision: {self.precision}; attention: {self.attention}; {self.compiles}; {self.layout}"
+        yield f"optimizer: {describe_groups(self.optimizer)}"
+
+    # ---- steps ----
+
+    def step(self, step: int, seconds: float = 0.0, stop: bool = False) -> torch.Tensor:
+        """Queues a step; see `StepRunner.step`. Where memory runs out it is done again in smaller parts.
+
+        Raises:
+            OutOfRows: if memory runs out with one row at a time.
+        """
+        while True:
+            try:
+                return self.runner.step(self.rows.get(step), seconds, stop)
+            except torch.OutOfMemoryError as error:
+                if self.layout.processes > 1:
+                    raise guards.OutOfRows(
+                        f"memory ran out on process {self.layout.rank} while others waited for its part of "
+                        "the model or of the gradients; go on with --resume and a smaller micro_batch_size"
+                    ) from error
+            # Outside of the handler, which holds on to the frames of the failed step.
+            self.halve(step)
+
+    def halve(self, step: int) -> None:
+        """Goes on with micro-batches of half the size; all processes call it."""
+        for router in compiling.routers_of(self.model):
+            router.tally.zero_()
+        self.optimizer.zero_grad()
+        free_memory(self.accelerator.device)
+        self.rows.forget()
+        guards.halve(self.feed, self._rows(step), self.say, self.accelerator.device)
+        self.runner.resume()
+
+    def _rows(self, step: int) -> int:
+        """Rows of a step on a process, at most."""
+        return -(-len(self.feed.numbers(step)) // self.layout.data_size)
+
+    # ---- before the clock starts ----
+
+    def warm_up(self, first: int, last: int | None) -> None:
+        """Runs each shape once that the steps have: kernels are compiled, and memory is seen to suffice.
+
+        Weights, optimizer, random numbers and the routers' counts are the same before and after.
+
+        Args:
+            first: step that comes next.
+            last: the last one; None where nobody knows.
+        """
+        if not self.compiles.on and self.accelerator.device.type == "cpu":
+            return
+        self.runner.model.train()
+        with compiling.unchanged(self.model, self.optimizer):
+            shapes = self._shapes(first, last)
+            done = set()
+            while todo := [shape for shape in shapes if shape not in done]:
+                if self._try(todo[0], first):
+                    done.add(todo[0])
+                else:
+                    shapes = self._shapes(first, last)
+            self._step_without_effect(shapes[0])
+
+    def _try(self, shape: tuple[int, int], first: int) -> bool:
+        """One micro-batch forward and backward; False if memory ran out somewhere and parts are smaller."""
+
+        def run() -> None:
+            self.runner.accumulate(self._dummy(shape), sync=False)
+
+        no_memory = failed = False
+        try:
+            if self.compiles.on:
+                failed = not compiling.try_or_go_on_without(run, self.say)
+            else:
+                run()
+        except torch.OutOfMemoryError:
+            no_memory = True
+        if agree(self.accelerator, no_memory):
+            self.halve(first)
+            return False
+        if agree(self.accelerator, failed):
+            self._without_compiling()
+            return self._try(shape, first)
+        self.optimizer.zero_grad()
+        return True
+
+    def _without_compiling(self) -> None:
+        if self.compiles.by_layer:
+            for layer in self.model.base_model.layers:
+                layer._compiled_call_impl = None
+        self.compiles = compiling.CompileChoice(False, why="compiling failed")
+        self.optimizer.zero_grad()
+        self.runner = self._make_runner()
+
+    def _step_without_effect(self, shape: tuple[int, int]) -> None:
+        """A whole step that the optimizer is told not to take."""
+        self.runner.accumulate(self._dummy(shape))
+        if hasattr(self.optimizer, "found_inf"):
+            take_step(self.wrapped_optimizer, torch.ones((), device=self.accelerator.device))
+
+    def _dummy(self, shape: tuple[int, int]) -> StepData:
+        rows, length = shape
+        device, vocabulary = self.accelerator.device, self.model.config.vocab_size
+        batch = compiling.dummy_batch(rows, length, vocabulary, device, self.args.isolate_documents)
+        return StepData(torch.tensor(rows * length, device=device), [batch])
+
+    def _shapes(self, first: int, last: int | None) -> list[tuple[int, int]]:
+        """Rows and lengths of the micro-batches of a run, the largest first."""
+        mine = share(self.feed.numbers(first), self.layout.data_rank, self.layout.data_size)
+        parts = self.feed.accumulation
+        sizes = {len(share(mine, part, parts)) for part in range(parts)}
+        return sorted(((rows, self.feed.length) for rows in sizes), reverse=True)
+
+    # ---- beside training ----
+
+    def is_bad(self, outcome: Outcome) -> bool:
+        """Whether a step was skipped, and not because the scale of fp16 gradients is still being found."""
+        scaler = self.accelerator.scaler
+        if not outcome.bad or scaler is None or not math.isfinite(outcome.loss):
+            return outcome.bad
+        return scaler.get_scale() < 1
+
+    def state(self) -> dict:
+        """What a checkpoint needs beside model and optimizer, as JSON."""
+        scaler = self.accelerator.scaler
+        return {} if scaler is None else {"scaler": scaler.state_dict()}
+
+    def restore(self, state: dict) -> None:
+        """Takes `state` up again."""
+        if self.accelerator.scaler is not None and "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.rows.forget()
+        self.runner.resume()
+
+    def close(self) -> None:
+        """Ends what runs beside the loop."""
+        self.rows.close()
+
+    def whole_weights(self):
+        """The context in which the model generates or is scored, whatever the processes hold of it."""
+        return gathered(self.model, self.layout)
+
+    def save_bad_batch(self, folder: Path, step: int) -> Path:
+        """Writes this process's rows of a step; see `guards.save_bad_batch`."""
+        self.rows.forget()
+        data = self.rows.get(step)
+        return guards.save_bad_batch(folder, step, self.layout.rank, data.batches)
+
+
+def checkpoint_layers(model: TesseraForCausalLM, every: int) -> None:
+    """Recomputes the activations of every n-th layer in the backward pass."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is not None and "every_n_layers" in inspect.signature(enable).parameters:
+        enable(every_n_layers=every)
+        return
+    # Before transformers 5.21 or so: all of them, of which some are taken out again.
+    model.gradient_checkpointing_enable()
+    for i, layer in enumerate(model.base_model.layers):
+        layer.gradient_checkpointing = i % every == 0
+
+
+def describe_groups(optimizer: torch.optim.Optimizer) -> str:
+    """The groups of an optimizer with their sizes and rates, on one line."""
+    parts = []
+    for group in optimizer.param_groups:
+        size = sum(p.numel() for p in group["params"])
+        decay = f", decay {group['weight_decay']:g}" if group.get("weight_decay") else ""
+        parts.append(
+            f"{group.get('name', 'parameters')} {_short(size)} {group.get('kind', '')} "
+            f"{group['lr']:.3g}{decay}".replace("  ", " ")
+        )
+    return " | ".join(parts)
+
+
+def _short(count: int) -> str:
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return str(count)
