@@ -104,7 +104,8 @@ for name, command in {
     "push": hub.push,
     "pull": hub.pull,
 }.items():
-    app.command(name)(command)
+    panels = pretrain.PanelCommand if name == "pretrain" else None
+    app.command(name, cls=panels)(command)
 
 
 def run(arguments: list[str]) -> None:

@@ -26,11 +26,17 @@ RUN_NAMES = {
         *("seq_len", "seq_length", "max_seq_len", "max_seq_length", "max_length"),
         *("block_size", "context_length"),
     ),
+    "tokens_per_parameter": ("target_param_data_ratio", "tokens_per_param"),
+    "flops": ("target_flops", "max_flops"),
     "optimizer": ("optim", "optimizer_type"),
     "learning_rate": ("lr", "max_lr", "peak_lr"),
+    "schedule": ("lr_scheduler", "lr_scheduler_type", "lr_schedule", "scheduler"),
+    "decay": ("decay_ratio", "decay_fraction", "cooldown_fraction", "cooldown_frac", "warmdown_ratio"),
     "warmup": ("warmup_ratio",),
     "warmup_steps": ("warmup_iters", "num_warmup_steps"),
-    "floor": ("min_lr_ratio",),
+    "floor": ("min_lr_ratio", "final_lr_frac"),
+    "momentum": ("muon_momentum",),
+    "z_loss": ("z_loss_weight", "z_loss_coef", "z_loss_coefficient", "z_loss_multiplier"),
     "clip": ("grad_clip", "max_grad_norm", "gradient_clipping"),
     "eval_steps": ("eval_every", "eval_interval"),
     "checkpoint_steps": (
@@ -40,32 +46,39 @@ RUN_NAMES = {
         "checkpoint_every",
         "checkpoint_interval",
     ),
+    "keep_last": ("save_total_limit", "keep_last_n", "max_checkpoints"),
+    "trackers": ("report_to", "log_with"),
     "log_steps": ("log_every", "log_interval", "logging_steps"),
     "gradient_checkpointing": ("grad_checkpointing", "activation_checkpointing"),
     "precision": ("mixed_precision", "dtype", "bf16"),
+    "compile": ("torch_compile",),
+    "attention": ("attn_implementation",),
 }
 
 # ours -> their value -> ours; YAML reads a bare `no` as false.
 RUN_VALUES = {
     "optimizer": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "AdamW": "adamw"},
+    "schedule": {
+        **dict.fromkeys(("cosine_with_min_lr", "cosine_with_warmup"), "cosine"),
+        **dict.fromkeys(("linear_with_warmup",), "linear"),
+        **dict.fromkeys(("constant_with_warmup", "none"), "constant"),
+        **dict.fromkeys(("warmup_stable_decay", "WSD", "trapezoidal"), "wsd"),
+    },
     "precision": {
         **dict.fromkeys(("bf16", "bfloat16", True), "auto"),
         **dict.fromkeys(("no", "none", "float32", False), "fp32"),
+        "float16": "fp16",
     },
+    "trackers": {"none": [], "no": [], False: []},
 }
 
 # What such files state and this trainer has one answer to: accepted where they agree.
 FIXED = {
-    **dict.fromkeys(("lr_scheduler", "lr_scheduler_type", "lr_schedule", "scheduler"), ("cosine",)),
-    "decay_lr": (True,),
     **dict.fromkeys(("beta1", "adam_beta1"), (0.9,)),
     **dict.fromkeys(("beta2", "adam_beta2"), (0.95,)),
     **dict.fromkeys(("betas", "adam_betas"), ([0.9, 0.95],)),
     **dict.fromkeys(("eps", "adam_eps", "adam_epsilon"), (1e-8,)),
-    **dict.fromkeys(("compile", "torch_compile", "fp16"), (False,)),
     **dict.fromkeys(("num_workers", "dataloader_num_workers"), (0,)),
-    "save_total_limit": (2,),
-    "report_to": ("none", []),
 }
 
 # ours -> theirs, of a model
@@ -95,7 +108,8 @@ def run_in_our_words(values: dict[str, Any], processes: int, source: str) -> dic
         ValueError: for two names of one thing, and for what has a name but cannot be done here.
     """
     values = {name: value for name, value in values.items() if value is not None}
-    other_words = bool(FIXED.keys() & values.keys())
+    other_words = bool((FIXED.keys() | _SWITCHES) & values.keys())
+    values = _without_switches(values, source)
     for name in sorted(FIXED.keys() & values.keys()):
         if (value := values.pop(name)) not in FIXED[name]:
             raise ValueError(
@@ -121,6 +135,25 @@ def run_in_our_words(values: dict[str, Any], processes: int, source: str) -> dic
     if "checkpoint_steps" in ours:
         ours.setdefault("checkpoint_minutes", 0)
     return _settle_batch(ours, "batch_size" in values, processes, source)
+
+
+# Keys that switch one value of ours on or off.
+_SWITCHES = {"fp16", "decay_lr"}
+
+
+def _without_switches(values: dict[str, Any], source: str) -> dict[str, Any]:
+    """`fp16` beside `bf16`, of which one may be on, and `decay_lr`, under one name with all their values."""
+    values = dict(values)
+    for name in _SWITCHES & values.keys():
+        if type(values[name]) is not bool:
+            raise ValueError(f"{source}: {name} must be true or false, got {values[name]!r}")
+    if values.pop("fp16", False):
+        if values.pop("bf16", False):
+            raise ValueError(f"{source}: fp16 and bf16 are both on; leave one of them")
+        values["mixed_precision"] = "fp16"
+    if not values.pop("decay_lr", True):
+        values["lr_schedule"] = "constant"
+    return values
 
 
 def _settle_batch(ours: dict[str, Any], ambiguous: bool, processes: int, source: str) -> dict[str, Any]:

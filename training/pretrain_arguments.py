@@ -1,169 +1,254 @@
 """What a pretraining run is told, and how a recipe and what is given beside it become one.
 
-What belongs here: an argument, its default, what it refuses, and which arguments give way to which.
+What belongs here: an argument, its default, what it refuses, and which arguments give way to which. The
+command line is made from these fields (`tessera.commands.pretrain`), so nothing here may import torch or
+numpy.
 """
 
-import difflib
-import math
 import os
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args
+from typing import Any
 
 from tessera.configs.recipes import RECIPE_FILE, read_recipe
-from tessera.data.training_rows import PACKINGS
 
+from .argument_fields import check, fit, nearest, told
 from .pipeline_names import run_in_our_words
+from .schedules import DECAY_SCHEDULES, SCHEDULES, read_stages
+
+# What says how long a run is; whatever is reached first ends it.
+LENGTHS = ("epochs", "steps", "tokens", "tokens_per_parameter", "flops", "minutes")
 
 
 @dataclass
 class PretrainArguments:
-    """What a run is told; saved as `recipe.yaml`.
+    """What a run is told; saved as `recipe.yaml`. Each field says itself what it is.
 
-    Attributes:
-        config: preset, Tessera config file (JSON or YAML), or ByteGPT's own JSON.
-        data_file: folder of tokens that `tessera data prepare` wrote, text file, or folder of text files; or
-            several such folders of tokens, each `folder:weight` with its share of the rows.
-        packing: `contiguous`, the text cut into windows; or `best-fit`, rows that start at documents.
-        isolate_documents: keep documents of a row from seeing one another.
-        save_path: run directory; a name ending in `.safetensors` also gets the final weights as that file.
-        ckpt_path: directory of weights or of a run to start from; passed over, with a word, if nothing is
-            there yet.
-        tokenizer: directory or Hub name; default: that of prepared tokens, bytes for text.
-        epochs, steps, minutes, tokens: length of the run; the first that is reached ends it. Default: one
-            epoch, which of several corpora is that of the first that is through.
-        batch_size: windows in an optimizer step, over all processes.
-        accumulation: micro-batches that a step is split into on each process; default 1.
-        micro_batch_size: windows that a process takes at a time at most; sets the accumulation, whatever
-            the number of processes.
-        sequence_length: positions in a window; default: the model's context, at most 1024.
-        optimizer: `muon` or `adamw`; default: muon, but adamw, as in the original, for ByteGPT's own JSON.
-        learning_rate, weight_decay, warmup, floor, clip: see `optimizers.py` and `schedules.py`;
-            `clip` is the largest gradient norm, 0 for none.
-        warmup_steps: the warm-up in steps, instead of `warmup`, its share of the run.
-        precision: `bf16`, `fp16`, `fp32` or `auto`: see `precision.py`.
-        seed: of weights, data order and dropout.
-        evaluations: validation passes during the run, beside those at its start and end.
-        eval_steps: steps between them, instead.
-        eval_tokens: tokens, about, of the validation text that those during the run see; the last sees all.
-        checkpoint_minutes: minutes between checkpoints; 0 for none but the last.
-        checkpoint_steps: steps between checkpoints; 0 for those of the minutes alone.
-        log_steps: steps between records in `metrics.jsonl`.
-        gradient_checkpointing: recompute activations in the backward pass.
-        sample_prompt, sample_tokens: text that samples start with, and their length; default: the token that
-            documents start after, or a line break for bytes.
+    With `depth` some are unset until `scaling.py` has chosen them: `batch_size`, `weight_decay`.
 
     Raises:
-        ValueError: for a number that makes no sense, or two arguments that exclude each other.
+        ValueError: for a number that makes no sense, a name that nobody knows, or two arguments that exclude
+            each other.
     """
 
-    config: str
-    data_file: str | list[str]
-    save_path: str = "runs/pretrain"
-    ckpt_path: str | None = None
-    tokenizer: str | None = None
-    epochs: float | None = None
-    steps: int | None = None
-    minutes: float | None = None
-    tokens: int | None = None
-    batch_size: int = 8
-    accumulation: int | None = None
-    micro_batch_size: int | None = None
-    sequence_length: int | None = None
-    packing: str = "contiguous"
-    isolate_documents: bool = False
-    depth: int | None = None
-    flops: float | None = None
-    tokens_per_parameter: float | None = None
-    batch_schedule: list[str] | None = None
-    length_schedule: list[str] | None = None
-    optimizer: str | None = None
-    muon_features: list[str] | None = None
-    optimizer_in_backward: bool = False
-    weights: str = "fp32"
-    momentum: float = 0.95
-    momentum_start: float | None = None
-    momentum_warmup_steps: int | None = None
-    momentum_end: float | None = None
-    learning_rate: float | None = None
-    weight_decay: float = 0.0
-    weight_decay_schedule: str = "constant"
-    schedule: str = "cosine"
-    decay: float | None = None
-    warmup: float = 0.02
-    warmup_steps: int | None = None
-    floor: float = 0.0
-    clip: float = 1.0
-    z_loss: float = 0.0
-    precision: str = "auto"
-    compile: str = "auto"
-    attention: str = "auto"
-    parallel: str = "ddp"
-    shard_size: int | None = None
-    tensor_parallel: int = 1
-    expert_parallel: int = 1
-    context_parallel: int = 1
-    bad_steps: int = 3
-    rollbacks: int = 2
-    seed: int = 0
-    evaluations: int = 4
-    eval_steps: int | None = None
-    eval_tokens: int = 50_000
-    checkpoint_minutes: float = 10.0
-    checkpoint_steps: int = 0
-    keep_last: int = 2
-    keep_best: bool = False
-    keep_every: int | None = None
-    async_checkpoints: bool = True
-    log_steps: int = 10
-    trackers: list[str] | None = None
-    peak_tflops: float | None = None
-    gradient_checkpointing: bool = False
-    gradient_checkpointing_every: int = 1
-    sample_prompt: str | None = None
-    sample_tokens: int = 300
+    config: str = told(
+        MISSING,
+        "Run",
+        "Preset, config file (JSON, or YAML in llama's names or Tessera's), or ByteGPT's own JSON.",
+        flags=("--config", "--model-config"),
+    )
+    data_file: str | list[str] = told(
+        MISSING,
+        "Run",
+        "What `tessera data prepare` wrote, a text file, or a folder of text files. Several of the first "
+        "kind are mixed: --data A:0.7 --data B:0.3.",
+        flags=("--data", "--data-file"),
+    )
+    save_path: str = told(
+        "runs/pretrain",
+        "Run",
+        "Run directory [runs/pretrain]; a name ending in .safetensors also gets the weights.",
+    )
+    ckpt_path: str | None = told(None, "Run", "Directory of weights, or of a run, to start from.")
+    seed: int = told(0, "Run", "Of weights, data order and dropout [0].", least=0)
+    depth: int | None = told(
+        None,
+        "Run",
+        "Layers: the dial that sets all sizes of the model and, where not given, length, batch, rates and "
+        "weight decay.",
+        least=1,
+    )
+
+    tokenizer: str | None = told(
+        None, "Data", "Tokenizer directory or Hub name [the prepared tokens'; bytes for text]."
+    )
+    sequence_length: int | None = told(
+        None, "Data", "Tokens in a window [the model's context, at most 1024].", least=1
+    )
+    packing: str = told(
+        "contiguous",
+        "Data",
+        "Rows: contiguous, or best-fit, each from a document's start [contiguous].",
+        choices=("contiguous", "best-fit"),
+    )
+    isolate_documents: bool = told(False, "Data", "Documents of a row do not see one another [they do].")
+
+    epochs: float | None = told(
+        None, "Length", "Passes over the text, or the first of several [1 if nothing limits].", above=0
+    )
+    steps: int | None = told(None, "Length", "Optimizer steps.", above=0)
+    tokens: int | None = told(None, "Length", "Tokens to train on, such as 2e9.", kind=float, above=0)
+    tokens_per_parameter: float | None = told(
+        None, "Length", "The same for each parameter of the layers and the head.", above=0
+    )
+    flops: float | None = told(
+        None, "Length", "Floating-point operations of training, such as 1e18.", above=0
+    )
+    minutes: float | None = told(
+        None, "Length", "Minutes of training; of several limits, the first that is reached ends it.", above=0
+    )
+
+    batch_size: int | None = told(None, "Batch", "Windows in a step, over all processes [8].", least=1)
+    accumulation: int | None = told(
+        None, "Batch", "Micro-batches that a process splits a step into [1].", least=1
+    )
+    micro_batch_size: int | None = told(
+        None, "Batch", "Windows on a device at a time, at most; sets the accumulation.", least=1
+    )
+    batch_schedule: list[str] | None = told(
+        None,
+        "Batch",
+        "Windows in a step from a share of the run on, such as 0:64,0.3:128.",
+    )
+    length_schedule: list[str] | None = told(
+        None, "Batch", "Tokens in a window from a share of the run on, such as 0:512,0.2:2048."
+    )
+
+    optimizer: str | None = told(
+        None,
+        "Optimizer",
+        "muon (and AdamW for what is no matrix) or adamw [muon; for ByteGPT's own JSON adamw].",
+    )
+    muon_features: list[str] | None = told(None, "Optimizer", "Parts of Muon that are on [all].")
+    optimizer_in_backward: bool = told(
+        False, "Optimizer", "Update each parameter as soon as its gradient is there; less memory."
+    )
+    learning_rate: float | None = told(
+        None, "Optimizer", "Of the matrices [0.02 for muon, 0.001 for adamw].", above=0
+    )
+    weight_decay: float | None = told(None, "Optimizer", "Decoupled weight decay [0].", least=0)
+    momentum: float = told(0.95, "Optimizer", "Of Muon [0.95].", least=0, most=1)
+    momentum_start: float | None = told(None, "Optimizer", "Where it starts [there].", least=0, most=1)
+    momentum_warmup_steps: int | None = told(
+        None, "Optimizer", "Steps on its way from there [300 with a start].", least=0
+    )
+    momentum_end: float | None = told(
+        None, "Optimizer", "Where it ends, with the learning rate's decay [there].", least=0, most=1
+    )
+    clip: float = told(1.0, "Optimizer", "Largest gradient norm; 0 for none [1].", least=0)
+    z_loss: float = told(
+        0.0, "Optimizer", "Weight of the squared log of the softmax's denominator in the loss [0].", least=0
+    )
+
+    schedule: str = told(
+        "cosine",
+        "Schedule",
+        "The learning rate after the warm-up: cosine, linear, constant, or wsd, constant and then linear "
+        "[cosine].",
+        choices=SCHEDULES,
+    )
+    decay: float | None = told(
+        None, "Schedule", "Share of the run over which wsd falls [0.4].", above=0, most=1
+    )
+    warmup: float = told(
+        0.02, "Schedule", "Share of the run over which the rate rises [0.02].", least=0, most=1
+    )
+    warmup_steps: int | None = told(None, "Schedule", "The same in steps.", least=0)
+    floor: float = told(0.0, "Schedule", "Share of the rate that is left at the end [0].", least=0, most=1)
+    weight_decay_schedule: str = told(
+        "constant",
+        "Schedule",
+        "Weight decay over the run: constant, or linear or cosine down to 0 [constant].",
+        choices=DECAY_SCHEDULES,
+    )
+
+    precision: str = told(
+        "auto",
+        "Precision and memory",
+        "auto (bf16 where the GPU has it), bf16, fp16 or fp32 [auto].",
+        choices=("auto", "bf16", "fp16", "fp32"),
+    )
+    weights: str = told("fp32", "Precision and memory", "How weights are kept [fp32].")
+    compile: str = told(
+        "auto",
+        "Precision and memory",
+        "auto (where there is a GPU), on or off [auto].",
+        choices=("auto", "on", "off"),
+    )
+    attention: str = told("auto", "Precision and memory", "Implementation of attention [auto].")
+    gradient_checkpointing: bool = told(False, "Precision and memory", "Less memory, more time.")
+    gradient_checkpointing_every: int = told(
+        1, "Precision and memory", "The same in every n-th layer alone [1].", least=1
+    )
+
+    parallel: str = told("ddp", "Parallel", "How processes share a model [ddp].")
+    shard_size: int | None = told(None, "Parallel", "Processes that share one copy of the model.", least=1)
+    tensor_parallel: int = told(1, "Parallel", "Processes that split each matrix [1].", least=1)
+    expert_parallel: int = told(1, "Parallel", "Processes that split the experts [1].", least=1)
+    context_parallel: int = told(1, "Parallel", "Processes that split each window [1].", least=1)
+
+    checkpoint_minutes: float = told(
+        10.0, "Checkpoints", "Minutes between checkpoints [10]; 0: only the last.", least=0
+    )
+    checkpoint_steps: int = told(0, "Checkpoints", "Steps between checkpoints.", least=0)
+    keep_last: int = told(2, "Checkpoints", "Checkpoints that stay [2].", least=1)
+    keep_best: bool = told(False, "Checkpoints", "The one with the lowest validation loss stays too.")
+    keep_every: int | None = told(None, "Checkpoints", "Those of every so many steps stay too.", least=1)
+    async_checkpoints: bool = told(True, "Checkpoints", "Write them while training goes on [yes].")
+    bad_steps: int = told(
+        3, "Checkpoints", "Steps without a finite loss that are skipped before a rollback [3].", least=0
+    )
+    rollbacks: int = told(
+        2, "Checkpoints", "Rollbacks to the last checkpoint before the run ends [2].", least=0
+    )
+
+    evaluations: int = told(4, "Show", "Validation passes during the run, beside start and end [4].", least=0)
+    eval_steps: int | None = told(None, "Show", "Steps between them, instead.", least=1)
+    eval_tokens: int = told(
+        50_000, "Show", "Tokens, about, that those during the run see; the last sees all [50,000].", least=1
+    )
+    log_steps: int = told(10, "Show", "Steps between records in metrics.jsonl [10].", least=1)
+    trackers: list[str] | None = told(
+        None, "Show", "Where records go beside metrics.jsonl, such as tensorboard,wandb,trackio."
+    )
+    peak_tflops: float | None = told(
+        None, "Show", "TFLOP/s of the device that MFU is a share of [measured].", above=0
+    )
+    sample_prompt: str | None = told(
+        None, "Show", "What the sample at the end continues [the start of a document]."
+    )
+    sample_tokens: int = told(300, "Show", "Length of the sample [300].", least=0)
+
+    chosen: list[str] | None = told(None, "", "What `scaling.py` chose; another depth chooses it anew.")
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{name} must be a finite number, got {value}")
-        for name in (
-            "batch_size",
-            "accumulation",
-            "micro_batch_size",
-            "eval_steps",
-            "eval_tokens",
-            "log_steps",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("epochs", "steps", "minutes", "tokens", "sequence_length", "learning_rate"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("weight_decay", "clip", "evaluations", "sample_tokens", "seed", "warmup_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("checkpoint_minutes", "checkpoint_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("warmup", "floor"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
-        if self.precision not in ("auto", "bf16", "fp16", "fp32"):
-            raise ValueError(f"precision must be auto, bf16, fp16 or fp32, got '{self.precision}'")
-        if self.packing not in PACKINGS:
-            raise ValueError(f"packing must be {' or '.join(map(repr, PACKINGS))}, got '{self.packing}'")
+        for one in fields(self):
+            check(one, getattr(self, one.name))
         if isinstance(self.data_file, list) and len(self.data_file) == 1:
             self.data_file = self.data_file[0]
         if not self.data_file and isinstance(self.data_file, list):
             raise ValueError("data_file is an empty list; name a folder or a file")
         if self.accumulation is not None and self.micro_batch_size is not None:
             raise ValueError("accumulation and micro_batch_size both split a step; give one of them")
+        self._settle_schedules()
+        if self.decay is not None and self.schedule != "wsd":
+            raise ValueError(f"decay is of schedule 'wsd', not of '{self.schedule}'; leave one of them out")
+        if self.momentum_end is not None and self.schedule == "constant":
+            raise ValueError(
+                "momentum_end is reached as the learning rate falls, which schedule 'constant' does not"
+            )
+        if self.momentum_warmup_steps and self.momentum_start is None:
+            raise ValueError("momentum_warmup_steps needs momentum_start, where the momentum starts")
         if self.tokens is not None:
             self.tokens = int(self.tokens)  # 2e9 on a command line
-        if self.epochs is None and self.steps is None and self.minutes is None and self.tokens is None:
-            self.epochs = 1
+        if self.depth is None:
+            # With a depth these are left to its rules, as is the length.
+            self.batch_size = 8 if self.batch_size is None else self.batch_size
+            self.weight_decay = 0.0 if self.weight_decay is None else self.weight_decay
+            if all(getattr(self, name) is None for name in LENGTHS):
+                self.epochs = 1
+
+    def _settle_schedules(self) -> None:
+        """What a schedule goes up to is what stands where there is none."""
+        for name, size in (("batch_schedule", "batch_size"), ("length_schedule", "sequence_length")):
+            if getattr(self, name) is None:
+                continue
+            largest = max(stage.size for stage in read_stages(getattr(self, name), name))
+            if getattr(self, size) not in (None, largest):
+                raise ValueError(
+                    f"{name} goes up to {largest}, and {size} says {getattr(self, size)}; leave {size} out"
+                )
+            setattr(self, size, largest)
 
     @property
     def weights_file(self) -> Path | None:
@@ -178,8 +263,10 @@ class PretrainArguments:
 
 # Two ways to say one thing: what lies above takes the place of all that lies below.
 ALTERNATIVES = (
-    ("epochs", "steps", "minutes", "tokens"),
+    LENGTHS,
     ("accumulation", "micro_batch_size"),
+    ("batch_size", "batch_schedule"),
+    ("sequence_length", "length_schedule"),
     ("warmup", "warmup_steps"),
     ("evaluations", "eval_steps"),
 )
@@ -220,6 +307,13 @@ def gather_arguments(
             below = {name: value for name, value in below.items() if name not in group}
     if given.get("optimizer") not in (None, below.get("optimizer", "muon")):
         below.pop("learning_rate", None)  # that of one optimizer is far off for another
+    if given.get("schedule") not in (None, below.get("schedule")):
+        below.pop("decay", None)
+    chosen = below.pop("chosen", None)
+    if chosen and given.get("depth") not in (None, below.get("depth")):
+        below = {name: value for name, value in below.items() if name not in chosen}
+    elif chosen:
+        below["chosen"] = chosen
     values = below | given
     for name, meaning in (
         ("config", "a preset, or a file with a configuration"),
@@ -250,28 +344,10 @@ def _folder_of(save_path: str) -> Path:
 
 def _read(recipe: str, processes: int) -> dict[str, Any]:
     """The values of a recipe in our words; what is null is not given."""
-    known = {field.name: field.type for field in fields(PretrainArguments)}
+    known = {one.name: one for one in fields(PretrainArguments)}
     values = run_in_our_words(read_recipe(recipe), processes, recipe)
     for name, value in values.items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else ""
-            raise ValueError(f"{recipe}: there is no '{name}' to tell a run{hint}")
-        values[name] = _fit(value, known[name], f"{recipe}: {name}")
+            raise ValueError(f"{recipe}: there is no '{name}' to tell a run{nearest(name, known)}")
+        values[name] = fit(value, known[name], f"{recipe}: {name}")
     return values
-
-
-def _fit(value: Any, annotation: Any, what: str) -> Any:
-    kinds = [kind for kind in get_args(annotation) or [annotation] if kind is not NoneType]
-    if list[str] in kinds and isinstance(value, list):
-        if all(type(part) is str for part in value):
-            return value
-        raise ValueError(f"{what} must be a text, or a list of texts, got {value!r}")
-    kind = kinds[0]
-    if kind is int and type(value) is float and value.is_integer():
-        return int(value)  # 2e9
-    fits = type(value) in (int, float) if kind is float else type(value) is kind
-    if not fits:
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-        raise ValueError(f"{what} must be {names[kind]}, got {value!r}")
-    return value

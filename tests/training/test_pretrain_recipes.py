@@ -1,5 +1,6 @@
 """What a run is told: recipes and flags over each other, other pipelines' YAML, `--resume` and `--smoke`."""
 
+import dataclasses
 import json
 import math
 import os
@@ -14,6 +15,8 @@ from helpers.runs import tiny_arguments, tiny_run, write_config, write_prepared,
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tessera import TesseraConfig, TesseraForCausalLM, cli
+from tessera.commands import pretrain as pretrain_command
+from tessera.data.training_rows import PACKINGS
 from tessera.training.checkpoints import find_checkpoint
 from tessera.training.inputs import read_model_config
 from tessera.training.pipeline_names import FIXED, RUN_NAMES
@@ -67,6 +70,10 @@ def test_flags_lie_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
         ({"micro_batch_size": 2}, {"accumulation": 4}, {"micro_batch_size": None, "accumulation": 4}),
         ({"warmup_steps": 5}, {"warmup": 0.1}, {"warmup_steps": None, "warmup": 0.1}),
         ({"eval_steps": 5}, {"evaluations": 2}, {"eval_steps": None, "evaluations": 2}),
+        ({"tokens": 2e9, "minutes": 4}, {"flops": 1e18}, {"tokens": None, "minutes": None, "flops": 1e18}),
+        ({"batch_schedule": "0:4,0.5:8"}, {"batch_size": 6}, {"batch_schedule": None, "batch_size": 6}),
+        ({"schedule": "wsd", "decay": 0.5}, {"schedule": "linear"}, {"decay": None, "schedule": "linear"}),
+        ({"schedule": "wsd", "decay": 0.5}, {"schedule": "wsd"}, {"decay": 0.5}),
         ({"learning_rate": 1e-3, "optimizer": "adamw"}, {"optimizer": "muon"}, {"learning_rate": None}),
         ({"learning_rate": 1e-3, "optimizer": "adamw"}, {"optimizer": "adamw"}, {"learning_rate": 1e-3}),
         ({"learning_rate": 1e-3}, {"optimizer": "muon", "learning_rate": 0.1}, {"learning_rate": 0.1}),
@@ -86,10 +93,19 @@ def test_a_flag_takes_the_place_of_what_means_the_same_in_the_recipe(below, abov
         ({"steps": 2.5}, "steps must be a whole number, got 2.5"),
         ({"clip": True}, "clip must be a number, got True"),
         ({"gradient_checkpointing": 1}, "gradient_checkpointing must be true or false, got 1"),
+        ({"schedule": "cosin"}, "schedule must be .* got 'cosin'; did you mean 'cosine'"),
+        ({"compile": "yes"}, "compile must be 'auto', 'on' or 'off', got 'yes'"),
+        ({"decay": 0.2}, "decay is of schedule 'wsd', not of 'cosine'"),
+        ({"momentum_warmup_steps": 9}, "needs momentum_start"),
+        ({"batch_schedule": ["0.5:8"]}, "batch_schedule: shares start at 0 and rise"),
+        ({"batch_schedule": ["0:8", "0.5:many"]}, "'0.5:many' is not a share of the run and a size"),
+        ({"batch_schedule": [32]}, "batch_schedule must be a text, or a list of texts .in quotes."),
+        ({"batch_schedule": ["0:8"], "batch_size": 16}, "goes up to 8, and batch_size says 16"),
+        ({"tensor_parallel": 0}, "tensor_parallel must be at least 1, got 0"),
         ({"data_file": ["a", 1]}, "data_file must be a text, or a list of texts"),
         ({"packing": "first-fit"}, "packing must be 'contiguous' or 'best-fit', got 'first-fit'"),
         ({"accumulation": 2, "micro_batch_size": 2}, "both split a step; give one"),
-        ({"precision": "fp8"}, "precision must be auto, bf16, fp16 or fp32, got 'fp8'"),
+        ({"precision": "fp8"}, "precision must be .auto., .bf16., .fp16. or .fp32., got .fp8."),
         *(
             ({name: value}, f"{name} must be a finite number")
             for name in ("minutes", "epochs", "clip")
@@ -132,6 +148,45 @@ def test_a_recipe_is_trained_by_the_command_and_a_runs_own_recipe_trains_the_sam
     )
     assert code == 0, err
     assert losses(tmp_path / "b") == losses(tmp_path / "a")
+
+
+def test_a_schedule_of_batches_may_be_a_mapping_a_list_or_one_text(tmp_path):
+    """YAML reads a bare 0:32 as a number of base 60, and a text in quotes as it is."""
+    for text in ("{0: 4, 0.5: 8}", '["0:4", "0.5:8"]', "0:4,0.5:8"):
+        recipe = write_yaml(tmp_path, "r.yaml", f"config: a\ndata_file: b\nbatch_schedule: {text}\n")
+        args = gather_arguments({}, recipe)
+        assert (args.batch_schedule, args.batch_size) == (["0:4", "0.5:8"], 8)
+    saved = write_yaml(tmp_path, "saved.yaml", dataclasses.asdict(args))
+    assert gather_arguments({}, saved) == args
+
+
+def test_every_argument_is_an_option_under_a_heading_and_says_what_it_is(tessera):
+    code, helped, _ = tessera("pretrain", "--help")
+    assert code == 0
+    for one in dataclasses.fields(PretrainArguments):
+        if panel := one.metadata["panel"]:
+            section = helped.split(f"\n{panel}:\n")[1].split("\n\n")[0]
+            assert (one.metadata["flags"] or [f"--{one.name.replace('_', '-')}"])[0] in section
+            assert " ".join(one.metadata["help"].split()[:2]) in " ".join(section.split())
+    known = {*PretrainArguments.__dataclass_fields__["packing"].metadata["choices"]}
+    assert known == {*PACKINGS}
+
+
+def test_asking_for_help_does_not_import_torch():
+    statement = "import sys; from tessera.cli import app; app(['pretrain', '--help'], standalone_mode=False)"
+    check = f"{statement}; sys.exit(bool({{'torch', 'numpy', 'transformers'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.returncode == 0 and "--depth" in done.stdout, done.stderr
+
+
+def test_a_list_is_given_with_commas_or_by_repeating_the_flag(tessera, monkeypatch):
+    told = []
+    monkeypatch.setattr(pretrain_command, "gather_arguments", lambda given, *_: told.append(given) or 1 / 0)
+    for flags in (["--trackers", "wandb,tensorboard"], ["--trackers", "wandb", "--trackers", "tensorboard"]):
+        with pytest.raises(ZeroDivisionError):
+            cli.run(["pretrain", *flags, "--tokens", "2e9", "--no-async-checkpoints"])
+    expected = {"trackers": ["wandb", "tensorboard"], "tokens": 2e9, "async_checkpoints": False}
+    assert told == [expected, expected]
 
 
 # ---- how long, how often ----
@@ -211,6 +266,16 @@ def test_a_warmup_in_steps_of_a_run_in_minutes_is_refused(tmp_path):
         ({"mixed_precision": False}, {"precision": "fp32"}),  # YAML's `no`
         ({"bf16": True, "fp16": False, "lr_scheduler_type": "cosine"}, {"precision": "auto"}),
         ({"grad_checkpointing": True}, {"gradient_checkpointing": True}),
+        ({"lr_scheduler": "linear", "report_to": "none"}, {"schedule": "linear", "trackers": []}),
+        ({"lr_scheduler_type": "warmup_stable_decay", "decay_ratio": 0.1}, {"schedule": "wsd", "decay": 0.1}),
+        ({"lr_scheduler_type": "constant_with_warmup"}, {"schedule": "constant"}),
+        ({"decay_lr": False}, {"schedule": "constant"}),
+        ({"fp16": True, "bf16": False}, {"precision": "fp16"}),
+        ({"torch_compile": True, "report_to": ["wandb"]}, {"compile": "on", "trackers": ["wandb"]}),
+        ({"report_to": "wandb,tensorboard"}, {"trackers": ["wandb", "tensorboard"]}),
+        ({"save_total_limit": 5, "z_loss_weight": 1e-4}, {"keep_last": 5, "z_loss": 1e-4}),
+        ({"target_param_data_ratio": 8}, {"tokens_per_parameter": 8, "epochs": None}),
+        ({"max_flops": 1e18, "final_lr_frac": 0.05}, {"flops": 1e18, "floor": 0.05}),
         ({"lr": 1e-3, "seed": None}, {"seed": 0}),
         ({"learning_rate": 3e-4, "beta2": 0.95}, {"optimizer": "adamw", "learning_rate": 3e-4}),
     ],
@@ -229,11 +294,12 @@ def test_the_words_of_other_pipelines_are_understood(theirs, expected, tmp_path)
 @pytest.mark.parametrize(
     ("theirs", "sentence"),
     [
-        ({"lr_scheduler": "linear"}, "lr_scheduler is 'linear', which cannot be had here .only 'cosine'"),
+        ({"lr_scheduler": "inverse_sqrt"}, "schedule must be 'cosine', 'linear', .* got 'inverse_sqrt'"),
         ({"beta2": 0.999}, "beta2 is 0.999"),
         ({"num_workers": 4}, "num_workers is 4"),
-        ({"fp16": True}, "fp16 is True"),
-        ({"mixed_precision": "fp8"}, "precision must be .*, got 'fp8'"),
+        ({"fp16": True, "bf16": True}, "fp16 and bf16 are both on"),
+        ({"fp16": "yes"}, "fp16 must be true or false, got 'yes'"),
+        ({"mixed_precision": "fp8"}, "precision must be 'auto', .* got 'fp8'"),
         ({"lr": 1e-3, "learning_rate": 1e-4}, "(?=.*lr )(?=.*learning_rate ).*say the same thing"),
         ({"min_lr": 1e-5}, "min_lr needs the learning_rate"),
         (
