@@ -1,9 +1,11 @@
 """What a pretraining run reads, step by step: which rows a process takes, and in what parts.
 
-Row number `g = step * batch_size + i` is a pure function of the data and the seed, and each process takes a
-stretch of a step's rows. So a run goes on at the same row on any number of processes, and all that it has to
-remember is how many rows it has consumed. What belongs here: from corpora and arguments to tensors. What is
-in a row, and their order, are `data/training_rows.py` and `data/order.py`.
+Row number `g` is a pure function of the data and the seed; a step has the rows from `rows_before(step)` on,
+and each process takes a stretch of them. So a run goes on at the same row on any number of processes, and
+all that it has to remember is how many steps it has done. A schedule changes how many rows a step has, or
+cuts rows, which are of the longest length, into shorter windows: their order and tokens stay what they are.
+What belongs here: from corpora and arguments to tensors. What is in a row, and their order, are
+`data/training_rows.py` and `data/order.py`.
 """
 
 import hashlib
@@ -15,11 +17,12 @@ import torch
 
 from tessera.data.order import share
 from tessera.data.packing import RULE
-from tessera.data.training_rows import RowSequence, make_rows
+from tessera.data.training_rows import Batch, RowSequence, make_rows
 from tessera.evaluation.bits_per_byte import TextLoss
 
 from .inputs import Corpus
 from .pretrain_arguments import PretrainArguments
+from .schedules import mean_size, read_stages, sizes_over_steps
 
 
 class Feed:
@@ -28,12 +31,17 @@ class Feed:
     Args:
         corpora: one, or several with weights.
         args: of the run.
-        length: positions in a row.
+        length: positions in a row; with a schedule of lengths the longest.
         rank, processes: which process of how many this is.
 
+    Attributes:
+        total_steps: of the run; None if it only ends when its minutes are over.
+        accumulation: parts that a process takes its rows of a largest step in. A smaller step has so many
+            fewer that its parts are not larger.
+
     Raises:
-        ValueError: if there is too little text, the rows of a step are fewer than their parts, or documents
-            are to be told apart and nobody knows where they start.
+        ValueError: if there is too little text, the rows of a step are fewer than their parts, documents are
+            to be told apart and nobody knows where they start, or a schedule has no steps to go by.
     """
 
     def __init__(
@@ -46,7 +54,6 @@ class Feed:
     ):
         self.corpora, self.args, self.length = corpora, args, length
         self.rank, self.processes = rank, processes
-        self.accumulation = self._choose_accumulation()
         rows = [
             make_rows(
                 corpus.train,
@@ -60,6 +67,22 @@ class Feed:
         ]
         weights = [corpus.weight for corpus in corpora]
         self.sequence = RowSequence(rows, weights, args.seed, args.isolate_documents)
+        stages = read_stages(args.batch_schedule or [f"0:{args.batch_size}"], "batch_schedule")
+        lengths = read_stages(args.length_schedule or [f"0:{length}"], "length_schedule")
+        for stage in lengths:
+            if length % stage.size:
+                raise ValueError(
+                    f"length_schedule: windows of {stage.size} do not divide rows of {length}, the longest"
+                )
+        self.total_steps = self._count_steps(mean_size(stages))
+        if self.total_steps is None and (args.batch_schedule or args.length_schedule):
+            raise ValueError(
+                "batch_schedule and length_schedule need a length in steps, epochs or tokens; minutes may "
+                "end the run sooner"
+            )
+        self._batches = sizes_over_steps(stages, self.total_steps or 0)
+        self._lengths = sizes_over_steps(lengths, self.total_steps or 0)
+        self.accumulation = self._choose_accumulation()
 
     def _choose_accumulation(self) -> int:
         """Parts that a process takes its rows of a step in; even ones where that can be."""
@@ -74,21 +97,70 @@ class Feed:
                 f"batch_size ({args.batch_size}) leaves some of {count} micro-batches on each of "
                 f"{self.processes} processes without a row"
             )
+        if (least := min(self._batches.sizes)) < self.processes:
+            raise ValueError(
+                f"batch_schedule: {least} rows leave some of {self.processes} processes without one"
+            )
         return count
 
-    def numbers(self, step: int) -> range:
+    def _count_steps(self, rows: float) -> int | None:
+        """Steps until the first limit is reached that is no matter of minutes, with so many rows each."""
+        args, limits = self.args, []
+        if args.steps is not None:
+            limits.append(args.steps)
+        if args.epochs is not None:
+            limits.append(self.sequence.rows_in(args.epochs) / rows)
+        if args.tokens is not None:
+            limits.append(args.tokens / (rows * self.length))
+        return max(1, round(min(limits))) if limits else None
+
+    def rows_before(self, step: int) -> int:
+        """Rows of all steps before this one."""
+        return self._batches.before(step)
+
+    def rows_of(self, step: int) -> range:
         """Numbers of the rows of a step, of all processes."""
-        return range(step * self.args.batch_size, (step + 1) * self.args.batch_size)
+        first = self.rows_before(step)
+        return range(first, first + self._batches.at(step))
+
+    def length_at(self, step: int) -> int:
+        """Positions in a window of a step."""
+        return self._lengths.at(step)
+
+    def tokens_before(self, step: int) -> int:
+        """Positions in all rows before a step."""
+        return self.rows_before(step) * self.length
+
+    def parts_of(self, step: int) -> int:
+        """Parts that a process takes its rows of a step in."""
+        rows, largest = len(self.rows_of(step)), self.args.batch_size
+        if rows == largest:
+            return self.accumulation
+        at_once = math.ceil(math.ceil(largest / self.processes) / self.accumulation)
+        parts = math.ceil(math.ceil(rows / self.processes) / at_once)
+        return min(parts, rows // self.processes)
+
+    def shapes(self, first: int) -> set[tuple[int, int]]:
+        """Windows and positions of all micro-batches from a step on, on this process."""
+        found = set()
+        for step in {first, *self._batches.firsts, *self._lengths.firsts}:
+            if step >= first:
+                parts, windows = self.parts_of(step), self.length // self.length_at(step)
+                mine = share(self.rows_of(step), self.rank, self.processes)
+                for part in range(parts):
+                    found.add((len(share(mine, part, parts)) * windows, self.length_at(step)))
+        return found
 
     def counted(self, step: int) -> int:
         """Targets that count in a step, over all processes."""
-        return self.sequence.counted(self.numbers(step))
+        return self.sequence.counted(self.rows_of(step))
 
     def micro_batches(self, step: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-        """The parts of a step that this process takes, as the model's arguments [rows, T]."""
-        mine = share(self.numbers(step), self.rank, self.processes)
-        for part in range(self.accumulation):
-            batch = self.sequence.batch(share(mine, part, self.accumulation))
+        """The parts of a step that this process takes, as the model's arguments [windows, T]."""
+        mine = share(self.rows_of(step), self.rank, self.processes)
+        parts = self.parts_of(step)
+        for part in range(parts):
+            batch = cut(self.sequence.batch(share(mine, part, parts)), self.length_at(step))
             # The rows hold their own targets: nothing is shifted inside, and every position counts.
             arrays = {
                 "input_ids": batch.input_ids,
@@ -102,13 +174,9 @@ class Feed:
                 if array is not None
             }
 
-    def steps_in(self, epochs: float) -> int:
-        """Steps until the data, or the first corpus that is through, has been seen so often."""
-        return max(1, round(self.sequence.rows_in(epochs) / self.args.batch_size))
-
     def epochs(self, step: int) -> dict[str, float]:
         """How often the data has been seen, by corpus where there are several; for `metrics.jsonl`."""
-        seen = self.sequence.epochs(step * self.args.batch_size)
+        seen = self.sequence.epochs(self.rows_before(step))
         if len(seen) == 1:
             return {"epoch": seen[0]}
         names = [corpus.name for corpus in self.corpora]
@@ -127,6 +195,10 @@ class Feed:
             "isolate_documents": args.isolate_documents,
             "seed": args.seed,
         }
+        if args.batch_schedule:
+            values["batch_schedule"] = [list(self._batches.firsts), list(self._batches.sizes)]
+        if args.length_schedule:
+            values["length_schedule"] = [list(self._lengths.firsts), list(self._lengths.sizes)]
         if args.packing == "best-fit":
             values["rule"] = RULE
         if args.packing == "best-fit" or args.isolate_documents:
@@ -151,6 +223,26 @@ class Feed:
             if known
             else None,
         )
+
+
+def cut(batch: Batch, length: int) -> Batch:
+    """Rows cut into shorter windows, one after the other.
+
+    Args:
+        batch: [B, T].
+        length: positions in a window; it divides T.
+
+    Returns:
+        [B * T / length, length]; what goes on from one window to the next starts at position 0 there.
+    """
+    if length == batch.input_ids.shape[1]:
+        return batch
+    positions = batch.position_ids
+    if positions is not None:
+        positions = positions.reshape(-1, length)
+        restarted = np.cumsum(np.diff(positions, axis=1, prepend=positions[:, :1] - 1) != 1, axis=1)
+        positions = positions - np.where(restarted, 0, positions[:, :1])
+    return Batch(batch.input_ids.reshape(-1, length), batch.targets.reshape(-1, length), positions)
 
 
 def _hash(starts: np.ndarray) -> str:

@@ -69,6 +69,12 @@ RUN_VALUES = {
         **dict.fromkeys(("no", "none", "float32", False), "fp32"),
         "float16": "fp16",
     },
+    "attention": {
+        "flash_attention_2": "flash2",
+        "flash_attention_3": "flash3",
+        "flash_attention_4": "flash4",
+        "flex_attention": "flex",
+    },
     "trackers": {"none": [], "no": [], False: []},
 }
 

@@ -47,7 +47,7 @@ from .parallel import save_whole
 from .pretrain_arguments import PretrainArguments, run_of
 from .progress import Progress
 from .run_log import METRICS_FILE, RunLog
-from .schedules import cosine_with_warmup
+from .schedules import learning_rate_factor, momentum_at, weight_decay_factor
 from .smoke import small_arguments, small_config
 from .step import Outcome, Outcomes
 
@@ -152,7 +152,7 @@ class Run:
             place_of=lambda step: self.skipped.place_of(step),
         )
         self.model, self.optimizer = self.engine.model, self.engine.optimizer
-        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
+        self.base_values = [(group["lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
         self.log = RunLog(self.folder, self.accelerator.is_main_process)
         self.last: Outcome | None = None
         self.step, self.clock, self.outcomes = 0, Clock(), Outcomes(self.accelerator.device)
@@ -194,14 +194,7 @@ class Run:
     def _plan(self) -> None:
         """The number of steps (None: until the minutes are over), and the warm-up."""
         args = self.args
-        limits = []
-        if args.steps is not None:
-            limits.append(args.steps)
-        if args.epochs is not None:
-            limits.append(self.feed.steps_in(args.epochs))
-        if args.tokens is not None:
-            limits.append(max(1, round(args.tokens / (args.batch_size * self.length))))
-        self.total_steps = min(limits) if limits else None
+        self.total_steps = self.feed.total_steps
         self.warmup = args.warmup
         if args.warmup_steps is not None:
             if self.total_steps is None:
@@ -249,7 +242,7 @@ class Run:
     @property
     def tokens(self) -> int:
         """Tokens seen so far."""
-        return self.step * self.args.batch_size * self.length
+        return self.feed.tokens_before(self.step)
 
     def _start(self) -> None:
         if self.resume:
@@ -369,9 +362,14 @@ class Run:
 
     def _optimizer_step(self, progress: float) -> None:
         """Queues a step."""
-        factor = cosine_with_warmup(progress, self.warmup, self.args.floor)
-        for group, rate in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = rate * factor
+        args = self.args
+        rate = learning_rate_factor(args, progress, self.warmup)
+        decay = weight_decay_factor(args, progress)
+        momentum = momentum_at(args, self.step, progress, self.warmup)
+        for group, (base_rate, base_decay) in zip(self.optimizer.param_groups, self.base_values, strict=True):
+            group["lr"], group["weight_decay"] = base_rate * rate, base_decay * decay
+            if group["kind"] == "muon":
+                group["momentum"] = momentum
         values = self.engine.step(self.step, self.clock.seconds, self.interrupted.is_set())
         self.outcomes.add(self.step + 1, values)
 

@@ -158,21 +158,37 @@ class PretrainArguments:
         "auto (bf16 where the GPU has it), bf16, fp16 or fp32 [auto].",
         choices=("auto", "bf16", "fp16", "fp32"),
     )
-    weights: str = told("fp32", "Precision and memory", "How weights are kept [fp32].")
+    weights: str = told(
+        "fp32",
+        "Precision and memory",
+        "fp32; bf16, rounded by chance; or split, bf16 and the bits that it lacks beside them [fp32].",
+        choices=("fp32", "bf16", "split"),
+    )
     compile: str = told(
         "auto",
         "Precision and memory",
         "auto (where there is a GPU), on or off [auto].",
         choices=("auto", "on", "off"),
     )
-    attention: str = told("auto", "Precision and memory", "Implementation of attention [auto].")
+    attention: str = told(
+        "auto",
+        "Precision and memory",
+        "auto (the fastest that device and model have), or one of flash4, flash3, flash2, cudnn, flex, "
+        "varlen, sdpa, eager [auto].",
+        choices=("auto", "flash4", "flash3", "flash2", "cudnn", "flex", "varlen", "sdpa", "eager"),
+    )
     gradient_checkpointing: bool = told(False, "Precision and memory", "Less memory, more time.")
     gradient_checkpointing_every: int = told(
         1, "Precision and memory", "The same in every n-th layer alone [1].", least=1
     )
 
-    parallel: str = told("ddp", "Parallel", "How processes share a model [ddp].")
-    shard_size: int | None = told(None, "Parallel", "Processes that share one copy of the model.", least=1)
+    parallel: str = told(
+        "ddp",
+        "Parallel",
+        "ddp, whole models; fsdp, weights split over all processes; hsdp, over --shard-size [ddp].",
+        choices=("ddp", "fsdp", "hsdp"),
+    )
+    shard_size: int | None = told(None, "Parallel", "Processes that share one copy of the weights.", least=1)
     tensor_parallel: int = told(1, "Parallel", "Processes that split each matrix [1].", least=1)
     expert_parallel: int = told(1, "Parallel", "Processes that split the experts [1].", least=1)
     context_parallel: int = told(1, "Parallel", "Processes that split each window [1].", least=1)

@@ -106,6 +106,103 @@ def test_fewer_rows_than_processes_are_refused():
         make_feeds(4, batch_size=3)
 
 
+# ---- schedules ----
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_a_schedule_of_batches_reads_the_rows_of_a_run_without_one(processes):
+    """Row after row, in larger and larger steps, and no micro-batch is larger than it may be."""
+    device = torch.device("cpu")
+    schedule = {"batch_schedule": ["0:3", "0.5:6", "0.75:9"], "micro_batch_size": 2}
+    feeds = make_feeds(processes, steps=8, **schedule)
+    plain = make_feeds(1, steps=40, batch_size=1)[0]
+    assert [len(feeds[0].rows_of(step)) for step in range(10)] == [3, 3, 3, 3, 6, 6, 9, 9, 9, 9]
+    read, shapes = [], set()
+    for step in range(8):
+        assert feeds[0].tokens_before(step) == 8 * sum(map(len, read))
+        parts = [list(feed.micro_batches(step, device)) for feed in feeds]
+        assert {len(of_process) for of_process in parts} == {feeds[0].parts_of(step)}
+        shapes |= {tuple(part["input_ids"].shape) for part in parts[0]}
+        read.append(torch.cat([part["input_ids"] for of_process in parts for part in of_process]))
+        assert feeds[0].counted(step) == sum(
+            int((part["labels"] != IGNORED).sum()) for of_process in parts for part in of_process
+        )
+    assert shapes == feeds[0].shapes(0) and max(shapes)[0] <= 2
+    expected = [next(plain.micro_batches(i, device))["input_ids"] for i in range(feeds[0].rows_before(8))]
+    assert torch.equal(torch.cat(read), torch.cat(expected))
+
+
+def test_a_schedule_of_lengths_cuts_the_same_rows():
+    device = torch.device("cpu")
+    schedule = {"length_schedule": ["0:2", "0.25:4", "0.5:8"], "batch_size": 3, "steps": 8}
+    (feed,), (whole,) = make_feeds(1, **schedule), make_feeds(1, batch_size=3)
+    assert feed.args.sequence_length == 8
+    for step, length in enumerate([2, 2, 4, 4, 8, 8, 8, 8]):
+        (short,), (rows,) = feed.micro_batches(step, device), whole.micro_batches(step, device)
+        assert feed.length_at(step) == short["input_ids"].shape[1] == length
+        for name in ("input_ids", "shift_labels"):
+            assert torch.equal(short[name].flatten(), rows[name].flatten())
+        assert feed.counted(step) == whole.counted(step) and feed.tokens_before(step) == step * 24
+        cut, positions = short["position_ids"], rows["position_ids"].reshape(-1, length)
+        assert (cut[:, 0] == 0).all()
+        # A document goes on where it went on before, and starts where it started.
+        edges = (positions.diff(dim=1) != 1), (cut.diff(dim=1) != 1)
+        assert torch.equal(*edges) and torch.equal(cut[positions == 0], positions[positions == 0])
+    assert feed.shapes(0) == {(12, 2), (6, 4), (3, 8)} and feed.shapes(3) == {(6, 4), (3, 8)}
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"batch_schedule": ["0:2", "0.5:4"], "minutes": 1}, "need a length in steps, epochs or tokens"),
+        ({"length_schedule": ["0:3", "0.5:8"], "steps": 4}, "windows of 3 do not divide rows of 8"),
+        ({"batch_schedule": ["0:1", "0.5:4"], "steps": 4}, "1 rows leave some of 2 processes without one"),
+    ],
+)
+def test_a_schedule_that_cannot_be_followed_is_refused(given, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        make_feeds(2, **given)
+
+
+def test_tokens_and_epochs_are_counted_with_the_batches_of_a_schedule():
+    stages = ["0:2", "0.5:6"]
+    (feed,) = make_feeds(1, tokens=8 * 400, batch_schedule=stages)
+    assert feed.total_steps == 100 and feed.tokens_before(100) == 8 * 400
+    (feed,) = make_feeds(1, epochs=2, batch_schedule=stages)
+    assert feed.epochs(feed.total_steps)["epoch"] == pytest.approx(2, abs=0.05)
+    (feed,) = make_feeds(1, epochs=2, steps=3, minutes=1, batch_schedule=stages)
+    assert feed.total_steps == 3
+
+
+def test_a_run_with_schedules_goes_on_to_the_bit(wiki, tmp_path, monkeypatch):
+    """Stopped in one stage of lengths, before one of batches."""
+    given = {
+        **GIVEN,
+        "data_file": wiki,
+        "steps": 8,
+        "length_schedule": ["0:8", "0.5:16"],
+        "isolate_documents": True,
+    }
+    given |= {"batch_schedule": ["0:2", "0.75:4"], "batch_size": 4, "schedule": "wsd", "momentum_end": 0.9}
+    given |= {"weight_decay": 0.1, "weight_decay_schedule": "cosine"}
+    whole = tiny_run(tmp_path, **given)
+    step = Run._optimizer_step
+
+    def killed(self, progress):
+        if self.step == 3:
+            raise SystemExit
+        return step(self, progress)
+
+    halves = {**given, "save_path": str(tmp_path / "halves"), "checkpoint_steps": 3}
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Run, "_optimizer_step", killed)
+        tiny_run(tmp_path, **halves)
+    with pytest.raises(ValueError, match="it differs in batch_schedule, length_schedule"):
+        tiny_run(tmp_path, resume=True, **{**halves, "steps": 80})
+    rest = tiny_run(tmp_path, resume=True, **halves)
+    assert rest.after == whole.after and rest.tokens == 16 * (6 * 2 + 2 * 4)
+
+
 # ---- runs ----
 
 

@@ -30,7 +30,7 @@ from tessera.training import pretrain as trainer
 from tessera.training.checkpoints import find_checkpoint
 from tessera.training.inputs import encode
 from tessera.training.pretrain import Run
-from tessera.training.schedules import cosine_with_warmup
+from tessera.training.schedules import learning_rate_factor
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -162,7 +162,7 @@ def test_the_rates_of_all_groups_follow_the_schedule(optimizer, tmp_path):
     run.optimizer.step = noted
     run.run()
     for i, factors in enumerate(seen):
-        assert factors == pytest.approx([cosine_with_warmup(i / 10, 0.3, 0.1)] * len(groups))
+        assert factors == pytest.approx([learning_rate_factor(run.args, i / 10)] * len(groups))
 
 
 def test_gradients_are_clipped(tmp_path):
