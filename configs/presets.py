@@ -9,6 +9,12 @@ import re
 from importlib import resources
 from typing import Any
 
+# field -> kind of layer -> its letter in a pattern
+LAYER_LETTERS = {
+    "layer_types": {"full_attention": "L", "sliding_attention": "S"},
+    "mlp_layer_types": {"dense": "D", "sparse": "S"},
+}
+
 
 def preset_names() -> list[str]:
     """Names of the presets that have a file, in alphabetical order."""
@@ -50,44 +56,60 @@ def lay_over_base(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def scale_to_depth(values: dict[str, Any], depth: int) -> dict[str, Any]:
-    """The depth rule: one dial that sets every size of a multi-head preset (nanochat's base_train).
+    """The depth rule: one dial that sets every size of a preset (nanochat's base_train).
 
     Width grows with depth at the preset's own ratio (64 a layer in nanochat) and is rounded up to whole
-    heads; heads, key/value heads and feed-forward keep their ratios to the width.
+    heads, and to whole groups of them where they share keys and values. Heads, feed-forward, experts and the
+    ranks of latent attention keep their ratios to the width; the size of a head, the number of experts and
+    how many of them a token takes stay.
+
+    Args:
+        values: fields of a configuration.
+        depth: number of layers.
 
     Raises:
-        ValueError: if `depth` is not positive, or the preset has no heads to count or layers listed one by
-            one.
+        ValueError: if `depth` is not positive, or layers are listed one by one without a pattern.
     """
     if type(depth) is not int or depth < 1:
         raise ValueError(f"depth must be a whole number of layers, at least 1; got {depth!r}")
-    if values.get("attention_type", "multi_head") != "multi_head":
-        raise ValueError(
-            "the depth rule is for multi-head attention; set the sizes of a latent model one by one"
-        )
-    if any(isinstance(values.get(name), list) for name in ("layer_types", "mlp_layer_types")):
-        raise ValueError("the depth rule needs layer types given as a pattern of letters, not as a list")
-    head_dim = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
-    groups = values["num_attention_heads"] // (
-        values.get("num_key_value_heads") or values["num_attention_heads"]
+    layers, width, heads = (
+        values[name] for name in ("num_hidden_layers", "hidden_size", "num_attention_heads")
     )
-    heads = -(-depth * values["hidden_size"] // (values["num_hidden_layers"] * head_dim))
-    if heads % groups:
-        raise ValueError(
-            f"depth {depth} gives {heads} heads, which do not share key/value heads in groups of {groups}"
-        )
-    width = heads * head_dim
+    if width % heads:
+        raise ValueError(f"the depth rule needs a width of whole heads; {width} is not {heads} of one size")
+    share = width // heads
+    groups = heads // (values.get("num_key_value_heads") or heads)
+    if values.get("attention_type", "multi_head") != "multi_head":
+        groups = 1
+    new_heads = groups * -(-depth * width // (layers * share * groups))
+    new_width = new_heads * share
     scaled = {
         **values,
         "num_hidden_layers": depth,
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads // groups,
+        "hidden_size": new_width,
+        "num_attention_heads": new_heads,
     }
-    for name in ("intermediate_size", "moe_intermediate_size"):
+    if values.get("attention_type", "multi_head") == "multi_head":
+        scaled["num_key_value_heads"] = new_heads // groups
+    for name in ("intermediate_size", "moe_intermediate_size", "kv_lora_rank", "q_lora_rank"):
         if values.get(name) is not None:
-            scaled[name] = values[name] * width // values["hidden_size"]
+            scaled[name] = values[name] * new_width // width
+    for name, letters in LAYER_LETTERS.items():
+        if isinstance(values.get(name), list):
+            scaled[name] = _as_pattern(name, values[name], letters)
     return scaled
+
+
+def _as_pattern(name: str, kinds: list[str], letters: dict[str, str]) -> str:
+    """The shortest pattern of letters that layers repeat; the last one may be full regardless."""
+    for length in range(1, len(kinds) // 2 + 1 if len(set(kinds)) > 1 else 2):
+        pattern = kinds[:length]
+        spelled = [pattern[i % length] for i in range(len(kinds))]
+        if "full_attention" in pattern:
+            spelled[-1] = "full_attention"
+        if spelled == kinds:
+            return "".join(letters[kind] for kind in pattern)
+    raise ValueError(f"the depth rule needs {name} that repeat a pattern, or the pattern in letters")
 
 
 def _preset_folder():

@@ -12,6 +12,7 @@ import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer
 
+from tessera.configs.presets import scale_to_depth
 from tessera.configs.recipes import read_yaml
 from tessera.configs.resolve import resolve_config
 from tessera.conversion.model_args import config_from_model_args, is_model_args
@@ -136,17 +137,26 @@ def _require_ids_below(size: int, ids: np.ndarray, data: str) -> None:
             raise ValueError(f"{data} holds the token {found}, beyond the model's vocabulary of {size}")
 
 
-def read_model_config(given: str) -> tuple[TesseraConfig, bool]:
+def read_model_config(given: str, depth: int | None = None) -> tuple[TesseraConfig, bool]:
     """The configuration that `--config` means, and whether it is a preset, whose vocabulary is anybody's.
 
     Args:
         given: a preset, a Tessera or ByteGPT JSON file, a directory, or a YAML file in the names of Hugging
             Face's Llama or in Tessera's, whose `preset` or `base` names the preset that lies under it.
+        depth: layers, by which the depth rule scales all sizes.
 
     Raises:
-        ValueError: if it is none of them, or does not validate.
+        ValueError: if it is none of them, does not validate, or the depth rule does not fit it.
     """
     path = Path(given)
+    if depth is not None:
+        config, is_preset = read_model_config(given)
+        if is_preset:
+            return resolve_config(given, depth=depth), True
+        try:
+            return TesseraConfig.from_dict(scale_to_depth(config.to_dict(), depth)), False
+        except (StrictDataclassError, ValueError) as error:
+            raise ValueError(f"--config {given}: {first_sentence(error)}") from error
     if path.suffix not in (".yaml", ".yml"):
         return resolve_config(given), not (path.exists() or path.suffix == ".json")
     values = read_yaml(path)

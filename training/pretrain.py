@@ -47,6 +47,7 @@ from .parallel import save_whole
 from .pretrain_arguments import PretrainArguments, run_of
 from .progress import Progress
 from .run_log import METRICS_FILE, RunLog
+from .scaling import describe_scale, scale_arguments
 from .schedules import learning_rate_factor, momentum_at, weight_decay_factor
 from .smoke import small_arguments, small_config
 from .step import Outcome, Outcomes
@@ -115,7 +116,7 @@ class Run:
         set_seed(args.seed)
         self.weights_file, self.folder = args.weights_file, args.folder
         self._check_folder()
-        config, is_preset = read_model_config(args.config)
+        config, is_preset = read_model_config(args.config, args.depth)
         weights = self._weights_to_start_from()
         if is_preset and weights is not None:
             config = adopt_vocabulary(config, weights)
@@ -135,6 +136,7 @@ class Run:
                 f"sequence_length {self.length} is longer than the model's context of "
                 f"{config.max_position_embeddings} positions"
             )
+        self.args = args = scale_arguments(args, config, self.length, self.layout.data_size)
         self.feed = Feed(self.corpora, args, self.length, self.layout.data_rank, self.layout.data_size)
         self.prompt = self._encode_prompt(config)
         self._plan()
@@ -281,6 +283,8 @@ class Run:
             f"{self.args.batch_size} x {self.length} tokens on {self.accelerator.num_processes} x "
             f"{self.accelerator.device.type} in {self.engine.precision.compute}, {self.args.optimizer}"
         )
+        if sentence := describe_scale(self.args):
+            self.say(sentence)
         for line in self.engine.describe():
             self.say(line)
 

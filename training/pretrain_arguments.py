@@ -326,7 +326,7 @@ def gather_arguments(
     if given.get("schedule") not in (None, below.get("schedule")):
         below.pop("decay", None)
     chosen = below.pop("chosen", None)
-    if chosen and given.get("depth") not in (None, below.get("depth")):
+    if chosen and any(given.get(name) not in (None, below.get(name)) for name in ("depth", "optimizer")):
         below = {name: value for name, value in below.items() if name not in chosen}
     elif chosen:
         below["chosen"] = chosen

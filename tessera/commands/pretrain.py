@@ -35,12 +35,19 @@ _RESUME = Annotated[
 _SMOKE = Annotated[
     bool, typer.Option("--smoke", help="A few small steps of everything, in <save path>-smoke.")
 ]
+_DRY_RUN = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Say what the run would be, and stop; without --data as far as that goes."
+    ),
+]
 _RESUME_PATH = Annotated[str | None, typer.Argument(hidden=True, show_default=False)]
 # name -> type, default, and the panel of the help that it is in
 OWN = {
     "recipe": (_RECIPE, None, "Run"),
     "resume": (_RESUME, False, "Run"),
     "smoke": (_SMOKE, False, "Run"),
+    "dry_run": (_DRY_RUN, False, "Run"),
     "resume_path": (_RESUME_PATH, None, ""),
 }
 
@@ -85,9 +92,16 @@ def pretrain(**given: Any) -> None:
             flags[name] = [part for text in value for part in split_list(text)]
     if not flags.get("data_file", True):
         del flags["data_file"]
+    if own["dry_run"]:
+        flags.setdefault("data_file", "")
     args = gather_arguments(flags, own["recipe"], path or resume, launched_processes())
 
     silence_transformers()
+    if own["dry_run"]:
+        from tessera.training.dry_run import describe_run
+
+        typer.echo(describe_run(args, launched_processes()))
+        return
     from accelerate import PartialState
 
     from tessera.training.pretrain import pretrain as train

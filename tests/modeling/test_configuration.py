@@ -239,8 +239,6 @@ def test_the_bases_of_the_refusals_work(fields, length):
         (("nanochat-d0", {}), "depth must be a whole number of layers, at least 1; got 0"),
         (("llama-tiny", {"depth": True}), "depth must be a whole number"),
         (("llama-tiny", {"depth": 2.0}), "depth must be a whole number"),
-        (("bytegpt", {"depth": 4}), "the depth rule is for multi-head attention"),
-        (("verse-mini", {"depth": 7}), "depth 7 gives 7 heads, which do not share key/value heads"),
         (("bytegpt", {"n_heads": 4}), "no field 'n_heads'"),
         (("bytegpt", {"num_experts_per_tok": 17}), r"num_experts_per_tok must lie between 1 and .* \(16\)"),
     ],
