@@ -1,185 +1,130 @@
-"""Optimizers of the trainer: AdamW, and Muon for the matrices with AdamW for the rest, as one optimizer.
+"""Which parameter of a model gets which rule, rate and decay, and the optimizer that has them.
 
-What belongs here: update rules, and which parameter gets which. torch has a Muon too (`torch.optim.Muon`); it
-takes one matrix at a time and iterates in bf16, which a CPU emulates. This one stacks matrices of one shape
-and iterates in fp32 where bf16 is not native, and takes the stacked experts of a mixture as the matrices they
-are.
+What belongs here: groups and their settings. The optimizer itself is in `mixed_optimizer.py`, its rules in
+`muon.py` and `adamw.py`.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.adamw import adamw
 
-# Coefficients of five Newton-Schulz steps that push all singular values towards 1: Polar Express (Amsel et
-# al., 2025, algorithm 1), with the margin that nanochat uses.
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
+from . import low_precision, muon
+from .mixed_optimizer import MuonAdamW
+from .muon import orthogonalize
+
+__all__ = ["MuonAdamW", "build_optimizer", "describe", "orthogonalize"]
+
+KINDS = ("muon", "adamw", "adamw-8bit")
 
 MATRIX_RATE = 0.02  # nanochat's, for Muon
-# AdamW's rates beside it. With nanochat's start the embedding is normed right away and has a large spread,
-# and the head starts near zero; they learn at nanochat's rates. Other starts take the usual ones.
-NANOCHAT_RATES = {"embeddings": 0.3, "value embeddings": 0.15, "head": 0.008, "scalars": 0.02}
-PLAIN_RATES = {"embeddings": 3e-3, "value embeddings": 3e-3, "head": 3e-3, "scalars": 3e-3}
-
-
-@torch.no_grad()
-def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """The orthogonal factor of each matrix's polar decomposition, approximately: U V^T of its SVD.
-
-    Args:
-        matrices: [N, ..., m, n]; iterated in bf16 on CUDA and in fp32 elsewhere.
-
-    Returns:
-        [N, ..., m, n] in the dtype of the iteration, singular values within 0.15 of one (of those that were
-        not vanishing).
-    """
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
-    tall = x.shape[-2] > x.shape[-1]
-    x = (x.mT if tall else x).flatten(0, -3)
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) * 1.01 + 1e-7)
-    for a, b, c in POLAR_EXPRESS:
-        gram = torch.bmm(x, x.mT)
-        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, gram, x, beta=a)
-    return (x.mT if tall else x).reshape(matrices.shape)
-
-
-class MuonAdamW(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024) for groups with `kind="muon"`, AdamW (Loshchilov and Hutter, 2019) for the
-    others.
-
-    Muon: Nesterov momentum, orthogonalised, scaled by sqrt(max(1, rows / columns)), decoupled weight decay. A
-    parameter with more than two dimensions is a stack of matrices; a group's `parts` says how many matrices
-    share the rows of each (2 for a fused gate and up projection).
-
-    Args:
-        groups: parameter groups with `kind`; `lr` for both kinds; `momentum`, `parts` for Muon; `betas`,
-            `eps` for AdamW; `weight_decay` for both.
-    """
-
-    def __init__(self, groups: Iterable[dict]):
-        defaults = {
-            "kind": "adamw",
-            "lr": 1e-3,
-            "momentum": 0.95,
-            "parts": 1,
-            "betas": (0.9, 0.95),
-            "eps": 1e-8,
-            "weight_decay": 0.0,
-        }
-        super().__init__(groups, defaults)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Updates all parameters that have a gradient."""
-        loss = None if closure is None else closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            if group["kind"] == "muon":
-                self._muon(group, params)
-            else:
-                self._adamw(group, params)
-        return loss
-
-    def _muon(self, group: dict, params: list[nn.Parameter]) -> None:
-        by_shape = defaultdict(list)
-        for p in params:
-            by_shape[p.shape, p.device].append(p)
-        for same in by_shape.values():
-            buffers = []
-            for p in same:
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                buffers.append(state["momentum_buffer"])
-            grads = [p.grad for p in same]
-            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-            updates = torch.stack(torch._foreach_lerp(grads, buffers, group["momentum"]))
-            # [parameters, ..., parts, rows, columns]
-            updates = updates.unflatten(-2, (group["parts"], -1))
-            rows, columns = updates.shape[-2:]
-            scale = max(1.0, rows / columns) ** 0.5
-            updates = orthogonalize(updates).flatten(-3, -2).to(same[0].dtype)
-            if group["weight_decay"]:
-                torch._foreach_mul_(same, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(same, list(updates.unbind(0)), alpha=-group["lr"] * scale)
-
-    def _adamw(self, group: dict, params: list[nn.Parameter]) -> None:
-        for p in params:
-            state = self.state[p]
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-        states = [self.state[p] for p in params]
-        beta1, beta2 = group["betas"]
-        adamw(
-            params,
-            [p.grad for p in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+# AdamW beside it: learning rate, betas, eps and decay of each group. With nanochat's start the embedding is
+# normed right away and has a large spread, and the head starts near zero: these are nanochat's settings, the
+# rates for a width of 768 and a batch of 2^19 tokens. Other starts take the usual ones.
+NANOCHAT_GROUPS = {
+    "embeddings": (0.3, (0.8, 0.995), 1e-10, 0.001),
+    "value embeddings": (0.15, (0.8, 0.995), 1e-10, 0.01),
+    "head": (0.008, (0.8, 0.96), 1e-10, 0.01),
+    "scalars": (0.02, (0.8, 0.95), 1e-10, 0.0),
+}
+PLAIN_GROUPS = dict.fromkeys(NANOCHAT_GROUPS, (3e-3, (0.8, 0.95), 1e-10, 0.0))
 
 
 def build_optimizer(
-    model: nn.Module, kind: str = "muon", learning_rate: float | None = None, weight_decay: float = 0.0
+    model: nn.Module,
+    kind: str = "muon",
+    learning_rate: float | None = None,
+    weight_decay: float = 0.0,
+    *,
+    momentum: float = 0.95,
+    muon_features: list[str] | None = None,
+    weights: str = "fp32",
+    moments: str = "fp32",
+    seed: int = 0,
+    compiled: bool | None = None,
 ) -> MuonAdamW:
     """The optimizer of a Tessera model, with each parameter in its group.
 
     Args:
         model: the model, unwrapped.
-        kind: "muon" or "adamw".
+        kind: "muon", "adamw" or "adamw-8bit" (moments in eight bits, by bitsandbytes).
         learning_rate: of the matrices; for Muon the rates of all other groups keep their ratio to it.
             Default: 0.02 for Muon (nanochat), 1e-3 for AdamW.
-        weight_decay: decoupled, on matrices; under AdamW on embeddings too.
+        weight_decay: decoupled, on matrices; under AdamW on embeddings too. Muon's groups for nanochat's
+            start have small ones of their own beside it.
+        momentum: of Muon.
+        muon_features: those of `muon.FEATURES` that Muon uses; default: all.
+        weights: "fp32" leaves parameters as they are; "bf16" and "split" make them bf16 that learns as fp32
+            does, see `low_precision.py`.
+        moments: "fp32" or "bf16", of the moments beside such weights; in bf16 they are rounded by chance.
+        seed: of the chances.
+        compiled: whether updates are compiled; default: on CUDA, where it pays.
 
     Raises:
-        ValueError: for another kind.
+        ValueError: for another kind, feature, or form of the weights, or if a library is missing.
     """
-    if kind == "adamw":
-        rate = 1e-3 if learning_rate is None else learning_rate
-        decayed = [p for p in model.parameters() if p.ndim >= 2]
-        others = [p for p in model.parameters() if p.ndim < 2]
-        groups = [
-            {"name": "matrices", "params": decayed, "lr": rate, "weight_decay": weight_decay},
-            {"name": "vectors", "params": others, "lr": rate},
-        ]
-        return MuonAdamW([group for group in groups if group["params"]])
-    if kind != "muon":
-        raise ValueError(f"optimizer must be 'muon' or 'adamw', got '{kind}'")
+    if kind not in KINDS:
+        raise ValueError(
+            f"optimizer must be {', '.join(map(repr, KINDS[:-1]))} or '{KINDS[-1]}', got '{kind}'"
+        )
+    features = muon.FEATURES if muon_features is None else tuple(muon_features)
+    for feature in features:
+        if feature not in muon.FEATURES:
+            raise ValueError(f"muon_features are some of {', '.join(muon.FEATURES)}; got '{feature}'")
+    if weights not in low_precision.WEIGHTS:
+        raise ValueError(f"weights must be {', '.join(map(repr, low_precision.WEIGHTS))}, got '{weights}'")
+    if moments not in ("fp32", "bf16"):
+        raise ValueError(f"moments must be 'fp32' or 'bf16', got '{moments}'")
+    if kind == "muon":
+        groups = _muon_groups(model, learning_rate, weight_decay, momentum, features)
+    else:
+        groups = _adamw_groups(model, kind, learning_rate, weight_decay)
+    dtype = torch.bfloat16 if moments == "bf16" else torch.float32
+    optimizer = MuonAdamW(groups, weights, dtype, seed, compiled)
+    if weights != "fp32":
+        low_precision.narrow_parameters(model)
+    return optimizer
+
+
+def _adamw_groups(
+    model: nn.Module, kind: str, learning_rate: float | None, weight_decay: float
+) -> list[dict]:
+    rate = 1e-3 if learning_rate is None else learning_rate
+    named = list(model.named_parameters())
+    groups = [
+        {"name": "matrices", "params": [each for each in named if each[1].ndim >= 2], "kind": kind},
+        {"name": "vectors", "params": [each for each in named if each[1].ndim < 2], "kind": kind},
+    ]
+    for group, decay in zip(groups, (weight_decay, 0.0), strict=True):
+        group.update(lr=rate, weight_decay=decay)
+    return [group for group in groups if group["params"]]
+
+
+def _muon_groups(
+    model: nn.Module,
+    learning_rate: float | None,
+    weight_decay: float,
+    momentum: float,
+    features: tuple[str, ...],
+) -> list[dict]:
     scale = 1.0 if learning_rate is None else learning_rate / MATRIX_RATE
-    rates = NANOCHAT_RATES if model.config.initializer == "nanochat" else PLAIN_RATES
-    groups = defaultdict(list)
+    settings = NANOCHAT_GROUPS if model.config.initializer == "nanochat" else PLAIN_GROUPS
+    sorted_out = defaultdict(list)
     for name, p in model.named_parameters():
-        groups[_group_of(name, p)].append(p)
-    built = []
-    for name, params in groups.items():
+        sorted_out[_group_of(name, p)].append((name, p))
+    groups = []
+    for name, params in sorted_out.items():
+        group = {"name": name, "params": params}
         if name in ("matrices", "fused matrices"):
-            group = {"kind": "muon", "lr": MATRIX_RATE, "weight_decay": weight_decay}
-            group["parts"] = 2 if name == "fused matrices" else 1
+            group.update(kind="muon", lr=MATRIX_RATE, weight_decay=weight_decay, momentum=momentum)
+            group.update(features=features, parts=2 if name == "fused matrices" else 1)
         else:
-            group = {"kind": "adamw", "betas": (0.8, 0.95), "eps": 1e-10, "lr": rates[name]}
-        built.append({"name": name, "params": params, **group, "lr": group["lr"] * scale})
-    return MuonAdamW(built)
+            rate, betas, eps, decay = settings[name]
+            group.update(kind="adamw", lr=rate, betas=betas, eps=eps, weight_decay=decay)
+        group["lr"] *= scale
+        groups.append(group)
+    return groups
 
 
 def _group_of(name: str, p: nn.Parameter) -> str:
@@ -193,3 +138,46 @@ def _group_of(name: str, p: nn.Parameter) -> str:
     if p.ndim < 2 or name.endswith((".gate.weight", "value_gate.weight")):
         return "scalars"
     return "fused matrices" if name.endswith("gate_up_proj") else "matrices"
+
+
+def describe(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """A row for each group, to be shown before a run: `group`, `parameters`, `tensors`, `rule`, `lr`,
+    `decay`."""
+    rows = []
+    for i, group in enumerate(optimizer.param_groups):
+        kind = group.get("kind", type(optimizer).__name__)
+        rule = {"muon": "Muon", "adamw": "AdamW", "adamw-8bit": "AdamW, 8 bits"}.get(kind, kind)
+        if kind == "muon":
+            rule += f", momentum {group['momentum']:g}"
+            off = [feature for feature in muon.FEATURES if feature not in group["features"]]
+            rule += f", without {', '.join(off)}" if off else ""
+        elif "betas" in group:
+            rule += f", betas {group['betas'][0]:g} {group['betas'][1]:g}"
+        rows.append(
+            {
+                "group": group.get("name", str(i)),
+                "parameters": sum(p.numel() for p in group["params"]),
+                "tensors": len(group["params"]),
+                "rule": rule,
+                "lr": float(group["lr"]),
+                "decay": float(group["weight_decay"]),
+            }
+        )
+    return rows
+
+
+def describe_as_text(optimizer: torch.optim.Optimizer) -> str:
+    """The rows as a table of plain text."""
+    shown = [("group", "parameters", "tensors", "rule", "lr", "decay")]
+    for row in describe(optimizer):
+        numbers = f"{row['parameters']:,}", f"{row['tensors']:,}"
+        shown.append((row["group"], *numbers, row["rule"], f"{row['lr']:.3g}", f"{row['decay']:.3g}"))
+    widths = [max(len(line[i]) for line in shown) for i in range(len(shown[0]))]
+    lines = []
+    for line in shown:
+        cells = [
+            cell.rjust(width) if i in (1, 2, 4, 5) else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
