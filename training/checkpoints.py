@@ -1,27 +1,64 @@
-"""Checkpoints of a run: written aside, hashed, renamed into place; the newest that verifies is the one
-resumed from.
+"""Checkpoints of a run: written aside, hashed, fsynced, renamed into place; the newest that verifies is the
+one resumed from.
 
-`checkpoints/step-000100/` holds the model (a Hugging Face directory), the optimizer's tensors and each
-process's random state as safetensors, `state.json`, and `manifest.json` with the sha256 of every file. No
-pickle is written or read.
+`checkpoints/step-000100/` holds the model (a Hugging Face directory), the optimizer's tensors, what routers
+counted and each process's random state as safetensors, `state.json`, and `manifest.json` with size and sha256
+of every file. No pickle is written or read. What belongs here: one checkpoint on a disk, and which ones there
+are. Who writes it and when is `checkpoint_writer.py`.
 """
 
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedTokenizerBase
 
 from tessera.data.hashing import file_sha256
+from tessera.modeling.configuration_tessera import TesseraConfig
 
-from .optimizer_state import gather_state, restore_state
+from .durable import free_bytes, sync_folder, write_file
+from .optimizer_state import restore_state
+from .random_state import restore_random_state
+from .snapshots import OPTIMIZER_FILE, ROUTERS_FILE, STATE_FILE, Snapshot, restore_tallies
 
 MANIFEST = "manifest.json"
+ROOM_TO_SPARE = 2**20  # bytes, for what a file system adds
+# What a configuration says of a model's surroundings, and of what may be changed on the way.
+NOT_ARCHITECTURE = {
+    "architectures",
+    "attention_dropout",
+    "auto_map",
+    "bos_token_id",
+    "converted_from",
+    "distributed_config",
+    "dtype",
+    "embd_pdrop",
+    "eos_token_id",
+    "initializer",
+    "initializer_range",
+    "latent_attention_mode",
+    "mtp_layer_types",  # layers ahead are not in the configuration that is saved where nobody holds them
+    "mtp_loss_coef",
+    "mtp_mlp_layer_types",
+    "num_mtp_layers",
+    "output_router_logits",
+    "pad_token_id",
+    "resid_pdrop",
+    "router_aux_loss_coef",
+    "router_bias_update_speed",
+    "train_mtp",
+    "transformers_version",
+    "use_cache",
+}
 
 
 def save_checkpoint(
@@ -34,10 +71,7 @@ def save_checkpoint(
     tokenizer: PreTrainedTokenizerBase | None = None,
     keep: int = 2,
 ) -> Path:
-    """Writes the checkpoint of a step and keeps it and those just before it. All processes call it.
-
-    Later ones are removed too: a run is at an earlier step than its newest checkpoint only where that one was
-    found to be broken.
+    """Writes the checkpoint of a step, now, and keeps it and those just before it. All processes call it.
 
     Args:
         folder: `checkpoints/` of the run.
@@ -51,40 +85,86 @@ def save_checkpoint(
 
     Returns:
         The directory of the checkpoint.
+
+    Raises:
+        OSError: if it cannot be written, in all processes. What was there before is still there.
     """
-    final = folder / f"step-{step:06d}"
-    aside = folder / f".{final.name}.partial"
-    model = accelerator.unwrap_model(model)
-    if accelerator.is_main_process:
-        for left in folder.glob(".step-*"):  # by a run that was killed while it wrote
-            shutil.rmtree(left)
-        aside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    save_file(_random_state(), aside / f"random-{accelerator.process_index}.safetensors")
-    if accelerator.is_main_process:
-        model.save_pretrained(aside)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(aside)
-        save_file(gather_state(model, optimizer), aside / "optimizer.safetensors")
-        _write_json(aside / "state.json", {"step": step, **state})
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _write_json(aside / MANIFEST, {file.name: file_sha256(file) for file in sorted(aside.iterdir())})
+    from .checkpoint_policy import CheckpointPolicy
+    from .checkpoint_writer import CheckpointWriter
+
+    policy = CheckpointPolicy(keep_last=keep)
+    writer = CheckpointWriter(folder, accelerator, policy, background=False)
+    writer.save(step, model, optimizer, state, tokenizer)
+    writer.finish()
+    return place_of(folder, step)
+
+
+def place_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
+    return folder / f"step-{step:06d}"
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot) -> Path:
+    """Puts a snapshot on the disk, whole or not at all.
+
+    Args:
+        folder: `checkpoints/` of the run; made if it is not there.
+        snapshot: of a step. Another checkpoint of that step is replaced.
+
+    Raises:
+        OSError: if it cannot be written. What was there before is still there, and nothing else.
+    """
+    final = place_of(folder, snapshot.step)
+    aside, old = folder / f".{final.name}.partial", folder / f".{final.name}.old"
+    clear_leftovers(folder)
+    needed, free = snapshot.size + ROOM_TO_SPARE, free_bytes(folder)
+    if free < needed:
+        message = f"no space left: it needs {needed / 1e6:,.0f} MB, and {free / 1e6:,.0f} MB are free"
+        raise OSError(errno.ENOSPC, message)
+    try:
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in new:
+            sync_folder(path.parent)
+        aside.mkdir()
+        manifest = json.dumps(snapshot.write(aside), indent=2) + "\n"
+        write_file(aside / MANIFEST, [manifest.encode("utf-8")])
+        sync_folder(aside)
         if final.exists():
-            final.rename(folder / f".{final.name}.old")
-        aside.rename(final)
-        done = [path for path in list_checkpoints(folder) if _step_of(path) <= step]
-        for path in {*list_checkpoints(folder), *folder.glob(".step-*")} - {*done[-keep:]}:
-            shutil.rmtree(path)
-    accelerator.wait_for_everyone()
+            os.rename(final, old)
+        os.rename(aside, final)
+        sync_folder(folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        if old.exists() and not final.exists():
+            os.rename(old, final)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Removes what runs that were killed have left half-written or half-removed."""
+    for left in folder.glob(".step-*"):
+        step = left.name[1:].removesuffix(".old")
+        if left.name.endswith(".old") and not (folder / step).exists():
+            os.rename(left, folder / step)  # killed between the two renames of a replacement
+        else:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Removes a checkpoint; whoever looks sees it whole or not at all."""
+    going = path.with_name(f".{path.name}.partial")
+    os.rename(path, going)
+    shutil.rmtree(going, ignore_errors=True)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoints of a run, oldest first; what was left half-written is not among them."""
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name)), key=_step_of)
+    return sorted((path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name)), key=step_of)
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -118,25 +198,77 @@ def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
     return None, refused
 
 
+def can_go_on(run: Path) -> bool:
+    """Whether a run has something to go on from, or has had: then damage is to be told, not written over."""
+    return bool(list_checkpoints(run / "checkpoints"))
+
+
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        hashes = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        files = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        # Before sizes were written down, there was nothing but the hash.
+        files = {name: {"sha256": of} if isinstance(of, str) else of for name, of in files.items()}
+        known = {name: (of["sha256"], of.get("bytes")) for name, of in files.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return f"no readable {MANIFEST}"
-    for name, expected in hashes.items():
+    if STATE_FILE not in known:
+        return f"{MANIFEST} does not list {STATE_FILE}"
+    for name, (sha256, size) in known.items():
         file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file_sha256(file) != expected:
-            return f"{name} is not what was written"
+        try:
+            if not file.is_file():
+                return f"{name} is missing"
+            if (size is not None and file.stat().st_size != size) or file_sha256(file) != sha256:
+                return f"{name} is not what was written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
     return None
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint."""
+    return int(path.name.removeprefix("step-"))
+
+
+def require_same_model(path: Path, config: TesseraConfig) -> None:
+    """Refuses the checkpoint of another architecture.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    from tessera.modeling.loading import read_config
+
+    theirs, ours = read_config(path / "config.json").to_dict(), config.to_dict()
+    unknown = object()
+    other = []
+    for key in sorted((theirs.keys() | ours.keys()) - NOT_ARCHITECTURE):
+        there, here = theirs.get(key, unknown), ours.get(key, unknown)
+        if there != here:
+            short = len(f"{there}{here}") < 60 and unknown not in (there, here)
+            other.append(f"{key} ({there} there, {here} here)" if short else key)
+    if other:
+        more = f" and {len(other) - 4} more" if len(other) > 4 else ""
+        raise ValueError(
+            f"{path} is of another architecture: it differs in {', '.join(other[:4])}{more}; resume with the "
+            "configuration that the run was started with, or start another run with --save-path"
+        )
+
+
+def read_state(path: Path, config: TesseraConfig) -> dict:
+    """The state that a checkpoint was given, and `step`, if it is of a model of this configuration.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    require_same_model(path, config)
+    return json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
 
 
 def load_checkpoint(
     path: Path, accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict:
-    """Restores model, optimizer and random state in place.
+    """Restores model, optimizer and random state in place; all processes call it.
 
     Returns:
         The state that `save_checkpoint` was given, and `step`.
@@ -147,32 +279,29 @@ def load_checkpoint(
     from tessera.modeling.loading import load_model
 
     model = accelerator.unwrap_model(model)
-    theirs = load_model(path, config=model.config, dtype=torch.float32)
-    model.load_state_dict(theirs.state_dict())
-    restore_state(model, optimizer, load_file(path / "optimizer.safetensors"), path)
-    random = path / f"random-{accelerator.process_index}.safetensors"
-    if random.is_file():
-        restore_random(load_file(random))
-    return json.loads((path / "state.json").read_text(encoding="utf-8"))
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+    state = read_state(path, model.config)
+    theirs = load_model(path, config=model.config, dtype=torch.float32).state_dict()
+    if any(isinstance(tensor, DTensor) for tensor in model.state_dict().values()):
+        _spread(model, theirs)
+    else:
+        model.load_state_dict(theirs)
+    try:
+        restore_state(model, optimizer, load_file(path / OPTIMIZER_FILE), path)
+        if (path / ROUTERS_FILE).is_file():
+            restore_tallies(model, load_file(path / ROUTERS_FILE), accelerator.process_index)
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    restore_random_state(path, accelerator.process_index)
+    if accelerator.scaler is not None and "scaler" in state:
+        accelerator.scaler.load_state_dict(state["scaler"])
     return state
 
 
-def restore_random(state: dict[str, torch.Tensor]) -> None:
-    """Sets torch's random state, of the CPU and of the GPU where both were saved."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def _write_json(file: Path, values: dict) -> None:
-    file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+@torch.no_grad()
+def _spread(model: nn.Module, whole: dict[str, torch.Tensor]) -> None:
+    """Gives each process its part of whole tensors, which all of them have."""
+    for name, ours in model.state_dict().items():
+        tensor = whole[name].to(ours.device, ours.dtype)
+        if isinstance(ours, DTensor):
+            tensor = distribute_tensor(tensor, ours.device_mesh, ours.placements, src_data_rank=None)
+        ours.copy_(tensor)

@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 
-from .checkpoints import restore_random, save_checkpoint
+from .checkpoints import save_checkpoint
 from .curves import read_metrics
 from .optimizer_state import restore_state
+from .random_state import restore_random_state
 
 SECONDS_BETWEEN_LINES = 10.0  # where there is no progress bar
 
@@ -70,9 +71,7 @@ class PlainCheckpoints:
     def _load_rng_state(self, checkpoint) -> None:
         if checkpoint is None:
             return
-        file = self.checkpoint / f"random-{self.accelerator.process_index}.safetensors"
-        if file.is_file():
-            restore_random(load_file(file))
+        restore_random_state(self.checkpoint, self.accelerator.process_index)
 
 
 class Journal(TrainerCallback):
