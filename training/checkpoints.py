@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedTokenizerBase
 
 from tessera.data.hashing import file_sha256
@@ -27,6 +26,7 @@ from tessera.modeling.configuration_tessera import TesseraConfig
 
 from .durable import free_bytes, sync_folder, write_file
 from .optimizer_state import restore_state
+from .parallel import load_whole_state_dict
 from .random_state import restore_random_state
 from .snapshots import OPTIMIZER_FILE, ROUTERS_FILE, STATE_FILE, Snapshot, restore_tallies
 
@@ -281,10 +281,7 @@ def load_checkpoint(
     model = accelerator.unwrap_model(model)
     state = read_state(path, model.config)
     theirs = load_model(path, config=model.config, dtype=torch.float32).state_dict()
-    if any(isinstance(tensor, DTensor) for tensor in model.state_dict().values()):
-        _spread(model, theirs)
-    else:
-        model.load_state_dict(theirs)
+    load_whole_state_dict(model, theirs)
     try:
         restore_state(model, optimizer, load_file(path / OPTIMIZER_FILE), path)
         if (path / ROUTERS_FILE).is_file():
@@ -295,13 +292,3 @@ def load_checkpoint(
     if accelerator.scaler is not None and "scaler" in state:
         accelerator.scaler.load_state_dict(state["scaler"])
     return state
-
-
-@torch.no_grad()
-def _spread(model: nn.Module, whole: dict[str, torch.Tensor]) -> None:
-    """Gives each process its part of whole tensors, which all of them have."""
-    for name, ours in model.state_dict().items():
-        tensor = whole[name].to(ours.device, ours.dtype)
-        if isinstance(ours, DTensor):
-            tensor = distribute_tensor(tensor, ours.device_mesh, ours.placements, src_data_rank=None)
-        ours.copy_(tensor)

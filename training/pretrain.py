@@ -17,11 +17,7 @@ import functools
 import math
 import os
 import shutil
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,9 +32,19 @@ from tessera.modeling.configuration_tessera import TesseraConfig
 from tessera.modeling.loading import load_model
 from tessera.modeling.modeling_tessera import TesseraForCausalLM
 
-from .checkpoints import find_checkpoint, load_checkpoint, newest_verified, save_checkpoint, verify
+from .checkpoint_policy import CheckpointPolicy
+from .checkpoint_writer import CheckpointWriter
+from .checkpoints import (
+    can_go_on,
+    find_checkpoint,
+    load_checkpoint,
+    newest_verified,
+    read_state,
+    verify,
+)
 from .clock import Clock
 from .curves import draw_curve, read_metrics
+from .durable import replace_text
 from .engine import Engine, start_processes
 from .feed import Feed
 from .guards import BadSteps, SkippedSteps
@@ -49,6 +55,7 @@ from .progress import Progress
 from .run_log import METRICS_FILE, RunLog
 from .scaling import describe_scale, scale_arguments
 from .schedules import learning_rate_factor, momentum_at, weight_decay_factor
+from .signals import Stopped, StopSignals
 from .smoke import small_arguments, small_config
 from .step import Outcome, Outcomes
 
@@ -74,7 +81,8 @@ def pretrain(args: PretrainArguments, resume: bool | str = False, smoke: bool = 
     Args:
         args: the run.
         resume: go on from the newest checkpoint of `save_path` that verifies; or from the checkpoint, or the
-            newest one of the run, that this is the path of.
+            newest one of the run, that this is the path of; "auto": go on if there is something to go on
+            from, else start.
         smoke: a few steps of everything, small, beside `save_path`: see `smoke.py`.
 
     Raises:
@@ -82,7 +90,9 @@ def pretrain(args: PretrainArguments, resume: bool | str = False, smoke: bool = 
             Nothing that was there is touched then.
         FloatingPointError: if loss or gradient is no number, and going back to a checkpoint did not help.
         OutOfRows: if memory does not suffice for one row at a time.
-        KeyboardInterrupt: after Ctrl-C, once the step is done and a checkpoint is written.
+        Stopped: a KeyboardInterrupt, after Ctrl-C, SIGTERM or SIGUSR1, once the step is done and a checkpoint
+            is written.
+        OSError: if the end of the run cannot be saved; the last good checkpoint is there.
     """
     return Run(args, resume, smoke=smoke).run()
 
@@ -112,6 +122,10 @@ class Run:
             args = small_arguments(args, self.accelerator.num_processes, bool(resume))
             # An earlier smoke run is in nobody's way.
             replace = replace or (not resume and (args.folder / RECIPE_FILE).is_file())
+        if resume == "auto":
+            resume = can_go_on(args.folder)
+            # Killed before its first checkpoint: there is nothing to lose.
+            replace = replace or (not resume and _only_begun(args.folder))
         self.args, self.resume, self.replace, self.smoke = args, resume, replace, smoke
         set_seed(args.seed)
         self.weights_file, self.folder = args.weights_file, args.folder
@@ -156,10 +170,13 @@ class Run:
         self.model, self.optimizer = self.engine.model, self.engine.optimizer
         self.base_values = [(group["lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
         self.log = RunLog(self.folder, self.accelerator.is_main_process)
+        policy = CheckpointPolicy.of(args)
+        background = args.async_checkpoints
+        self.writer = CheckpointWriter(self.folder / "checkpoints", self.accelerator, policy, background)
         self.last: Outcome | None = None
         self.step, self.clock, self.outcomes = 0, Clock(), Outcomes(self.accelerator.device)
         # The clock that all processes go by: that of the first, when the last step was read that was read.
-        self.seconds = 0.0
+        self.seconds = self.saved_at = 0.0
         self.guard = BadSteps(args.bad_steps, args.rollbacks)
         # From here on chance is dropout's, which is not to be the same for different rows.
         set_seed(args.seed + self.layout.data_rank)
@@ -231,13 +248,15 @@ class Run:
     def run(self) -> PretrainResult:
         """Trains, scores the text before and after, and writes the run directory."""
         self._start()
-        before = self._evaluate(whole=not self.smoke)
-        self.say(f"before training: {_describe(before)}")
-        self._train()
-        self._checkpoint()
-        after = self._evaluate(whole=not self.smoke)
-        sample = self._sample()
-        final = self._finish(sample)
+        with self.writer, StopSignals() as self.signals:
+            before = self._evaluate(whole=not self.smoke)
+            self.say(f"before training: {_describe(before)}")
+            self._train()
+            self._checkpoint()
+            after = self._evaluate(whole=not self.smoke)
+            self.writer.finish()
+            sample = self._sample()
+            final = self._finish(sample)
         self.say(f"after training:  {_describe(after)}")
         return PretrainResult(self.folder, final, before, after, self.clock.seconds, self.tokens, sample)
 
@@ -249,7 +268,7 @@ class Run:
     def _start(self) -> None:
         if self.resume:
             newest = self._checkpoint_to_resume()
-            state = self._load(newest)
+            state = read_state(newest, self.model.config)
             if state["rows"] != (ours := self._rows_identity()):
                 other = sorted(key for key in ours | state["rows"] if ours.get(key) != state["rows"].get(key))
                 raise ValueError(
@@ -257,7 +276,9 @@ class Run:
                     f"optimizer: it differs in {', '.join(other)}"
                 )
             self.clock = Clock(state["seconds"])
-            self.seconds = state["seconds"]
+            self._load(newest)
+            self.seconds = self.saved_at = state["seconds"]
+            self.writer.resumed(self.step, run_of(newest).resolve() == self.folder.resolve())
             self.say(f"resuming from {newest}")
         if self.accelerator.is_main_process:
             if self.replace:
@@ -266,7 +287,7 @@ class Run:
             # The configuration alone: `final` and the checkpoints have the model with its code.
             self.model.config.to_json_file(self.folder / "config.json")
             recipe = yaml.safe_dump(asdict(self.args), sort_keys=False, allow_unicode=True)
-            (self.folder / RECIPE_FILE).write_text(recipe, encoding="utf-8")
+            replace_text(self.folder / RECIPE_FILE, recipe)
             if self.resume:
                 self.log.trim(self.step)
                 # Its weights are those of an older checkpoint as soon as the run goes on.
@@ -310,11 +331,11 @@ class Run:
 
     def _train(self) -> None:
         self.engine.warm_up(self.step, self.total_steps)
-        self.last_checkpoint, self.average, self.logged = self.seconds, None, self.step
+        self.average, self.logged = None, self.step
         self.next_eval = 1 + int(self._progress() * (self.args.evaluations + 1))
         self.model.train()
         self.shown = Progress(self._progress(), self.accelerator.is_main_process)
-        with self.shown, _first_interrupt() as self.interrupted, self.clock:
+        with self.shown, self.clock:
             while not self._is_done():
                 self._optimizer_step(self._progress())
                 self.step += 1
@@ -327,8 +348,9 @@ class Run:
                 if self.stopping:
                     self._settle(everything=True)
                     self._checkpoint()
+                    self.writer.finish()
                     self.say(f"stopped at step {self.step}; its checkpoint is saved, go on with --resume")
-                    raise KeyboardInterrupt
+                    raise Stopped(self.signals.number)
                 self._evaluate_or_save()
         self.engine.close()
 
@@ -345,18 +367,19 @@ class Run:
             evaluate = progress * (args.evaluations + 1) >= self.next_eval
             self.next_eval += evaluate
         evaluate = evaluate and progress < 1
-        minutes, steps = args.checkpoint_minutes, args.checkpoint_steps
-        save = bool(minutes) and self.seconds - self.last_checkpoint >= 60 * minutes
-        save = save or bool(steps and self.step % steps == 0)
+        save = self.writer.policy.is_due(self.step, self.seconds - self.saved_at)
         if not (evaluate or save) or self._settle(everything=True):
             return
         with self.clock.paused():
             # What was learnt is safe before an evaluation, in which memory may run out, and other things.
-            self._checkpoint()
-            self.last_checkpoint = self.seconds
+            if save or self.writer.is_due_before_evaluation(self.seconds - self.saved_at):
+                self._checkpoint()
             if evaluate:
                 held_out = self._evaluate(whole=False)
                 self.shown.write(f"{100 * progress:3.0f} %  {_describe(held_out)}")
+                if self.writer.is_better(held_out.bits_per_byte):
+                    self._checkpoint()
+                    self.writer.note_best(held_out.bits_per_byte)
 
     def _progress(self) -> float:
         shares = [self.step / self.total_steps] if self.total_steps else []
@@ -374,7 +397,7 @@ class Run:
             group["lr"], group["weight_decay"] = base_rate * rate, base_decay * decay
             if group["kind"] == "muon":
                 group["momentum"] = momentum
-        values = self.engine.step(self.step, self.clock.seconds, self.interrupted.is_set())
+        values = self.engine.step(self.step, self.clock.seconds, self.signals.number > 0)
         self.outcomes.add(self.step + 1, values)
 
     @property
@@ -415,6 +438,7 @@ class Run:
 
     def _roll_back(self) -> None:
         """To the last good checkpoint, and past the rows that led here."""
+        self.writer.wait()
         newest, _ = newest_verified(self.folder / "checkpoints")
         if newest is None:
             # None of these steps was taken: the weights are those of before.
@@ -425,6 +449,7 @@ class Run:
         self.guard.good()
         self.outcomes.forget()
         self._load(newest)
+        self.writer.resumed(self.step)
         self.skipped.places = sorted(places)
         self.average, self.logged = None, self.step
         if self.accelerator.is_main_process:
@@ -490,10 +515,9 @@ class Run:
             "skipped": self.skipped.places,
             "engine": self.engine.state(),
         }
-        folder = self.folder / "checkpoints"
-        save_checkpoint(
-            folder, self.step, self.accelerator, self.model, self.optimizer, state, self.tokenizer
-        )
+        if self.writer.save(self.step, self.model, self.optimizer, state, self.tokenizer):
+            self.saved_at = self.seconds
+            self._record(checkpoint_seconds=self.writer.cost)
 
     @torch.no_grad()
     def _sample(self) -> str:
@@ -541,26 +565,12 @@ class Run:
         return final
 
 
-@contextmanager
-def _first_interrupt() -> Iterator[threading.Event]:
-    """Within it, the first Ctrl-C or SIGTERM sets the event that it gives; a second one acts as ever."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number, frame) -> None:
-        signal.signal(number, before[number])
-        event.set()
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _only_begun(folder: Path) -> bool:
+    """Whether a run directory holds nothing that anybody would miss: no model, and no checkpoint."""
+    if not folder.is_dir() or (folder / "final").exists():
+        return False
+    there = {path.name for path in folder.iterdir()}
+    return RECIPE_FILE in there or there <= {"config.json", f".{RECIPE_FILE}.partial"}
 
 
 def _what_is_wrong(outcome: Outcome) -> str:

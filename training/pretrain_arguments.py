@@ -299,13 +299,15 @@ def gather_arguments(
     Args:
         given: names and values of `PretrainArguments`.
         recipe: file, run directory or name; the file may speak in the words of other pipelines.
-        resume: whether the run is to go on, or the run or checkpoint that it goes on from.
+        resume: whether the run is to go on ("auto": if it can), or the run or checkpoint that it goes on
+            from.
         processes: of the launch, over which other pipelines count their batches.
 
     Raises:
         ValueError: for an unknown key, a value of another type, or if configuration or data are missing.
     """
     run = None
+    resume = True if resume == "auto" else resume
     if isinstance(resume, str):
         run = run_of(resume)
     elif resume:

@@ -18,11 +18,14 @@ class Stopped(KeyboardInterrupt):
 
     Attributes:
         exit_code: 128 and the number of the signal, as shells count: 130 for Ctrl-C, 143 for SIGTERM.
+
+    Args:
+        number: of the signal; 0 in a process that only heard of it, which counts as SIGTERM.
     """
 
-    def __init__(self, number: int, message: str = ""):
-        super().__init__(message)
-        self.exit_code = 128 + number
+    def __init__(self, number: int):
+        super().__init__()
+        self.exit_code = 128 + (number or signal.SIGTERM)
 
 
 class StopSignals:

@@ -29,7 +29,8 @@ _RESUME = Annotated[
     bool,
     typer.Option(
         "--resume",
-        help="Go on from the newest good checkpoint; `--resume PATH`: of that run, or from that one.",
+        help="Go on from the newest good checkpoint; `--resume PATH`: of that run, or from that one; "
+        "`--resume auto`: if there is one, else start.",
     ),
 ]
 _SMOKE = Annotated[
@@ -105,8 +106,12 @@ def pretrain(**given: Any) -> None:
     from accelerate import PartialState
 
     from tessera.training.pretrain import pretrain as train
+    from tessera.training.signals import Stopped
 
-    result = train(args, resume=path or resume, smoke=own["smoke"])
+    try:
+        result = train(args, resume=path or resume, smoke=own["smoke"])
+    except Stopped as stopped:
+        raise typer.Exit(stopped.exit_code) from None
     # Of several processes, one says it.
     if PartialState().is_main_process:
         if result.sample:
