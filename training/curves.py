@@ -3,6 +3,19 @@
 import json
 from pathlib import Path
 
+MOST_MARKERS = 60  # points of a line that are still told apart
+
+# What is measured of a run beside its loss: key in the records -> what it is called.
+COURSE = {
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens/s",
+    "mfu": "MFU",
+    "memory_gib": "memory, GiB",
+    "router_max_violation": "router violation",
+    "router_entropy": "router entropy",
+}
+
 
 def read_metrics(path: Path) -> list[dict]:
     """The records of a `metrics.jsonl`, oldest first, without a line that a killed run left unfinished."""
@@ -81,10 +94,21 @@ def draw_measures(records: list[dict], path: Path, title: str, measures: dict[st
     ):
         points = [(record["step"], record[key]) for record in records if key in record]
         if points:
-            axes.plot(*zip(*points, strict=True), color="#1f4e79", marker="o", markersize=3, linewidth=1.2)
+            marker = "o" if len(points) <= MOST_MARKERS else None
+            axes.plot(*zip(*points, strict=True), color="#1f4e79", marker=marker, markersize=3, linewidth=1.2)
         axes.set_ylabel(name)
         axes.grid(alpha=0.25)
     axes.set_xlabel("steps")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     return True
+
+
+def draw_course(records: list[dict], path: Path, title: str) -> bool:
+    """Draws what else was measured of a run: `COURSE`, as far as it is in the records.
+
+    Returns:
+        Whether it was drawn: there is something to draw, and matplotlib is installed.
+    """
+    measures = {key: name for key, name in COURSE.items() if any(key in record for record in records)}
+    return bool(measures) and draw_measures(records, path, title, measures)

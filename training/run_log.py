@@ -1,16 +1,26 @@
-"""What a run notes down while it goes on: `metrics.jsonl`, a record a line.
+"""What a run notes down while it goes on: measured values, and what happened to it.
 
-What belongs here: where measured values go. Who measures them is the loop; what is drawn of them is
-`curves.py`.
+- `metrics.jsonl`: values by step; records of steps that a resumed run does again are dropped.
+- `events.jsonl`: starts, resumes, checkpoints, skipped steps, ends, with the time of day; nothing is dropped.
+- `samples.jsonl`: what the model wrote on the way.
+
+What belongs here: where it goes, trackers among it. Who measures is the loop; what is made of it are
+`curves.py` and `report.py`.
 """
 
 import json
 import math
+import uuid
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from .curves import read_metrics
+from .trackers import Trackers
 
 METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 
 
 class RunLog:
@@ -22,23 +32,84 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, writes: bool = True):
+        self.folder = folder
         self.path = folder / METRICS_FILE
         self.writes = writes
+        self.trackers: Trackers | None = None
 
-    def record(self, step: int, tokens: int, seconds: float, **values: float) -> None:
-        """Adds a record; what is not a number is left out."""
+    def track(self, names: list[str], config: dict[str, Any], step: int, say) -> None:
+        """Sends to these trackers too from now on; the run directory is there."""
+        if self.writes and names:
+            self.trackers = Trackers(names, self.folder, config, self._identity(), step, say)
+
+    def record(self, step: int, tokens: int, seconds: float, **values: float | None) -> None:
+        """Adds a record; what is not a finite number is left out.
+
+        Args:
+            step: optimizer steps done.
+            tokens: seen so far.
+            seconds: of training so far.
+            values: what was measured, by name; `group/part` for a value that there are several of.
+        """
         if not self.writes:
             return
-        record = {"step": step, "tokens": tokens, "seconds": round(seconds, 3)}
-        record.update({key: round(float(value), 6) for key, value in values.items() if not math.isnan(value)})
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        found = {
+            key: _rounded(value)
+            for key, value in values.items()
+            if value is not None and math.isfinite(value)
+        }
+        self._append(self.path, {"step": step, "tokens": tokens, "seconds": round(seconds, 3), **found})
+        if self.trackers:
+            self.trackers.log({"tokens": tokens, **found}, step)
+
+    def event(self, kind: str, step: int, **told: Any) -> None:
+        """Notes that something happened, in one word and what else there is to say, as JSON."""
+        if self.writes:
+            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            self._append(self.folder / EVENTS_FILE, {"time": now, "event": kind, "step": step, **told})
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        """Notes what the model wrote at a step."""
+        if self.writes:
+            self._append(self.folder / SAMPLES_FILE, {"step": step, "prompt": prompt, "text": text})
+            if self.trackers:
+                self.trackers.log({"sample": text}, step)
 
     def trim(self, step: int) -> None:
-        """Drops the records of steps after `step`, which a resumed run will do again."""
-        if not self.path.is_file():
-            return
-        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
-        aside = self.path.with_suffix(".partial")
-        aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        aside.replace(self.path)
+        """Drops values and samples of steps after `step`, which a resumed run will do again."""
+        for path in (self.path, self.folder / SAMPLES_FILE):
+            if not self.writes or not path.is_file():
+                continue
+            kept = [record for record in read_metrics(path) if record["step"] <= step]
+            aside = path.with_suffix(".partial")
+            aside.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+            aside.replace(path)
+
+    def close(self) -> None:
+        """Lets the trackers finish."""
+        if self.trackers:
+            self.trackers.finish()
+            self.trackers = None
+
+    def _identity(self) -> str:
+        """A name for the run that no other has and that stays when it is resumed: that of its first start."""
+        path = self.folder / EVENTS_FILE
+        for event in read_metrics(path) if path.is_file() else []:
+            if "run" in event:
+                return event["run"]
+        made = uuid.uuid4().hex[:12]
+        self.event("track", 0, run=made)
+        return made
+
+    def _append(self, path: Path, record: dict) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(_line(record))
+
+
+def _line(record: dict) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _rounded(value: float) -> float | int:
+    """Seven digits: more than fp32 has, and small learning rates keep theirs."""
+    return value if isinstance(value, int) else float(f"{float(value):.7g}")

@@ -1,0 +1,74 @@
+"""What the model of a run writes on the way and at its end.
+
+What belongs here: generation in the middle of training, which leaves training as it was: its mode, its random
+numbers, what was compiled.
+"""
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TOKENS_ON_THE_WAY = 48  # at an evaluation; a sample costs a forward pass for each of them
+
+
+@torch.no_grad()
+def sample_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: torch.Tensor,
+    tokens: int,
+    accelerator: Accelerator,
+    seed: int = 0,
+) -> str:
+    """A continuation, at temperature 0.8. All processes call it.
+
+    Args:
+        model: unwrapped; where its weights are sharded all processes generate the same text, else the first.
+        tokenizer: that turns it back into text.
+        prompt: token ids [1, T].
+        tokens: new ones, at most, and as many as the context has room for.
+        accelerator: of the run.
+        seed: the random numbers of the run are not touched.
+
+    Returns:
+        Prompt and continuation on the first process; on others, or without a prompt or tokens, nothing.
+    """
+    sharded = any(isinstance(p, DTensor) for p in model.parameters())
+    # Some tokenizers make nothing of a line break.
+    if not tokens or not prompt.shape[1] or not (sharded or accelerator.is_main_process):
+        return ""
+    device = accelerator.device
+    prompt = prompt.to(device)
+    room = model.config.max_position_embeddings - prompt.shape[1]
+    training = model.training
+    model.eval()
+    try:
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=device.type),
+            # A compiled model would be compiled anew for each length.
+            torch.compiler.set_stance("force_eager"),
+            accelerator.autocast(),
+        ):
+            torch.manual_seed(seed)
+            ids = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=min(tokens, room),
+                do_sample=True,
+                temperature=0.8,
+                top_k=None,
+                pad_token_id=tokenizer.pad_token_id or 0,
+                synced_gpus=sharded,
+            )
+    finally:
+        model.train(training)
+    if not accelerator.is_main_process:
+        return ""
+    return tokenizer.decode(ids[0], skip_special_tokens=True).strip("\n")
+
+
+def on_one_line(text: str, width: int = 100) -> str:
+    """A text as a line of its own: line breaks shown, the rest cut off."""
+    line = " ".join(text.replace("\n", " ⏎ ").split())
+    return line if len(line) <= width else line[: width - 1] + "…"
