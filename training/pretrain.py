@@ -43,21 +43,27 @@ from .checkpoints import (
     verify,
 )
 from .clock import Clock
-from .curves import draw_curve, read_metrics
+from .curves import draw_course, draw_curve, read_metrics
 from .durable import replace_text
-from .engine import Engine, start_processes
+from .engine import Engine, describe_groups, start_processes
+from .environment import describe_environment
 from .feed import Feed
+from .gradient_statistics import GradientStatistics
 from .guards import BadSteps, SkippedSteps
 from .inputs import SPECIAL_IDS, TOKENIZER_META, adopt_vocabulary, open_corpora, read_model_config
+from .meter import Meter, Smoothed, find_peak, flops_per_token
 from .parallel import save_whole
 from .pretrain_arguments import PretrainArguments, run_of
 from .progress import Progress
+from .report import REPORT_FILE, write_report
 from .run_log import METRICS_FILE, RunLog
+from .samples import TOKENS_ON_THE_WAY, on_one_line, sample_text
 from .scaling import describe_scale, scale_arguments
 from .schedules import learning_rate_factor, momentum_at, weight_decay_factor
 from .signals import Stopped, StopSignals
 from .smoke import small_arguments, small_config
 from .step import Outcome, Outcomes
+from .trackers import check_trackers
 
 LOGITS_AT_A_TIME = 2**26  # of a validation batch; 256 MiB in fp32
 
@@ -129,6 +135,7 @@ class Run:
         self.args, self.resume, self.replace, self.smoke = args, resume, replace, smoke
         set_seed(args.seed)
         self.weights_file, self.folder = args.weights_file, args.folder
+        self.trackers = check_trackers(args.trackers)
         self._check_folder()
         config, is_preset = read_model_config(args.config, args.depth)
         weights = self._weights_to_start_from()
@@ -173,6 +180,11 @@ class Run:
         policy = CheckpointPolicy.of(args)
         background = args.async_checkpoints
         self.writer = CheckpointWriter(self.folder / "checkpoints", self.accelerator, policy, background)
+        device, processes = self.accelerator.device, self.accelerator.num_processes
+        peak = find_peak(args, device, processes, self.engine.precision.compute)
+        self.meter = Meter(flops_per_token(config, self.length), peak, device)
+        self.gradients = GradientStatistics(self.optimizer)
+        self.seconds_saving = 0.0
         self.last: Outcome | None = None
         self.step, self.clock, self.outcomes = 0, Clock(), Outcomes(self.accelerator.device)
         # The clock that all processes go by: that of the first, when the last step was read that was read.
@@ -248,15 +260,21 @@ class Run:
     def run(self) -> PretrainResult:
         """Trains, scores the text before and after, and writes the run directory."""
         self._start()
-        with self.writer, StopSignals() as self.signals:
-            before = self._evaluate(whole=not self.smoke)
-            self.say(f"before training: {_describe(before)}")
-            self._train()
-            self._checkpoint()
-            after = self._evaluate(whole=not self.smoke)
-            self.writer.finish()
-            sample = self._sample()
-            final = self._finish(sample)
+        try:
+            with self.writer, StopSignals() as self.signals:
+                before = self._evaluate(whole=not self.smoke)
+                self.say(f"before training: {_describe(before)}")
+                self._train()
+                self._checkpoint()
+                after = self._evaluate(whole=not self.smoke)
+                self.writer.finish()
+                sample = self._sample(self.args.sample_tokens)
+                final = self._finish(sample)
+        except Exception as error:
+            self._leave("failure", text=str(error))
+            raise
+        self._leave("end")
+        self.say(f"report: {self.folder / REPORT_FILE}")
         self.say(f"after training:  {_describe(after)}")
         return PretrainResult(self.folder, final, before, after, self.clock.seconds, self.tokens, sample)
 
@@ -292,6 +310,8 @@ class Run:
                 self.log.trim(self.step)
                 # Its weights are those of an older checkpoint as soon as the run goes on.
                 shutil.rmtree(self.folder / "final", ignore_errors=True)
+        self.log.event("resume" if self.resume else "start", self.step, **self._facts())
+        self.log.track(self.trackers, asdict(self.args), self.step, self.say)
         self.accelerator.wait_for_everyone()
         total = self.model.num_parameters()
         length = f"{self.total_steps} steps" if self.total_steps else f"{self.args.minutes:g} minutes"
@@ -331,15 +351,18 @@ class Run:
 
     def _train(self) -> None:
         self.engine.warm_up(self.step, self.total_steps)
-        self.average, self.logged = None, self.step
+        self.average, self.logged = Smoothed(), self.step
         self.next_eval = 1 + int(self._progress() * (self.args.evaluations + 1))
         self.model.train()
-        self.shown = Progress(self._progress(), self.accelerator.is_main_process)
+        self.meter.update(self.tokens, self.clock.seconds)
+        is_main = self.accelerator.is_main_process
+        self.shown = Progress(self._progress(), is_main, self._bits_of_a_nat(), self.total_steps)
         with self.shown, self.clock:
             while not self._is_done():
+                log = self.step + 1 - self.logged >= self.args.log_steps or not self.step
+                self.gradients.take(log)
                 self._optimizer_step(self._progress())
                 self.step += 1
-                log = self.step - self.logged >= self.args.log_steps or self.step == 1
                 # What is logged of a step is read before the next one is queued, else some steps later.
                 if self._settle(everything=log):
                     continue
@@ -349,6 +372,7 @@ class Run:
                     self._settle(everything=True)
                     self._checkpoint()
                     self.writer.finish()
+                    self._leave("stop")
                     self.say(f"stopped at step {self.step}; its checkpoint is saved, go on with --resume")
                     raise Stopped(self.signals.number)
                 self._evaluate_or_save()
@@ -376,10 +400,15 @@ class Run:
                 self._checkpoint()
             if evaluate:
                 held_out = self._evaluate(whole=False)
+                self.shown.note_validation(held_out.bits_per_byte)
                 self.shown.write(f"{100 * progress:3.0f} %  {_describe(held_out)}")
                 if self.writer.is_better(held_out.bits_per_byte):
                     self._checkpoint()
                     self.writer.note_best(held_out.bits_per_byte)
+                if text := self._sample(TOKENS_ON_THE_WAY):
+                    self.log.sample(self.step, self.args.sample_prompt or "", text)
+                    self.shown.write(f"       {on_one_line(text)}")
+                self._report()
 
     def _progress(self) -> float:
         shares = [self.step / self.total_steps] if self.total_steps else []
@@ -418,6 +447,7 @@ class Run:
             if outcome.no_memory:
                 self.outcomes.forget()
                 self.step = outcome.step - 1
+                self.log.event("out_of_memory", self.step, text="the micro-batches are halved")
                 self.engine.halve(self.step)
                 return True
             verdict = self.guard.note(outcome) if self.engine.is_bad(outcome) else self.guard.good()
@@ -425,15 +455,15 @@ class Run:
                 self._give_up(outcome)
             if verdict is not None:
                 self.say(f"step {outcome.step} is skipped: {_what_is_wrong(outcome)}")
+                self.log.event("skip", outcome.step, text=_what_is_wrong(outcome))
             else:
-                self.average = _smoothed(self.average, outcome.loss)
+                self.average.update(outcome.loss)
             if verdict == "back":
                 self._roll_back()
                 return True
-            if self.average is not None:
-                self.shown.update(
-                    self._progress(), outcome.step, self.average, self.tokens, self.clock.seconds
-                )
+            self.meter.update(self.tokens, self.clock.seconds)
+            values = {**self.meter.values(), **self._rates()}
+            self.shown.update(self._progress(), outcome.step, self.average.value, **values)
         return False
 
     def _roll_back(self) -> None:
@@ -445,15 +475,17 @@ class Run:
             self.say(f"{self.args.bad_steps} bad steps in a row and no checkpoint yet: going on behind them")
             self.guard.good()
             return
+        from_step = self.step
         places = {*self.skipped.places, *(self.skipped.place_of(bad.step - 1) for bad in self.guard.bad)}
         self.guard.good()
         self.outcomes.forget()
         self._load(newest)
         self.writer.resumed(self.step)
         self.skipped.places = sorted(places)
-        self.average, self.logged = None, self.step
+        self.average, self.logged = Smoothed(), self.step
         if self.accelerator.is_main_process:
             self.log.trim(self.step)
+        self.log.event("rollback", self.step, text=f"from step {from_step}")
         self.say(f"{self.args.bad_steps} bad steps in a row: back to {newest}, without their rows")
 
     def _give_up(self, outcome: Outcome) -> None:
@@ -465,9 +497,16 @@ class Run:
 
     def _log(self) -> None:
         self.logged = self.step
-        if self.average is not None:
-            values = {"loss": self.average, "grad_norm": self.last.norm}
-            self._record(**values, **self._balance(), **self.feed.epochs(self.step))
+        self._record(
+            loss=self.average.value,
+            grad_norm=self.last.norm,
+            **self.meter.values(),
+            **self._rates(),
+            **self.gradients.values(),
+            **self._balance(),
+            **self.feed.epochs(self.step),
+            checkpoint_seconds=self.seconds_saving,
+        )
 
     def _evaluate(self, whole: bool) -> TextLoss:
         """Scores the held-out text, or a sample of it, and records that."""
@@ -491,6 +530,55 @@ class Run:
 
     def _record(self, **values: float) -> None:
         self.log.record(self.step, self.tokens, self.clock.seconds, **values)
+
+    def _rates(self) -> dict[str, float]:
+        """Learning rates of the last step: that of the first group of matrices, and each group's."""
+        groups = self.optimizer.param_groups
+        main = next((group for group in groups if group["name"].endswith("matrices")), groups[0])
+        of_each = {f"learning_rate/{group['name']}": float(group["lr"]) for group in groups}
+        return {"learning_rate": float(main["lr"]), **of_each}
+
+    def _bits_of_a_nat(self) -> float:
+        """What a nat per token is in bits per byte, by tokens and bytes of the held-out text."""
+        losses = [TextLoss(1.0, len(one.val.ids), one.val.num_bytes) for one in self.corpora]
+        return self.feed.mixed(losses).bits_per_byte
+
+    def _facts(self) -> dict[str, dict[str, str]]:
+        """What the report tells of this start: model, data, machine."""
+        names = [one.folder or one.name for one in self.corpora]
+        peak = self.meter.peak
+        return {
+            "model": {
+                "parameters": f"{self.model.num_parameters():,}",
+                "operations a token": f"{self.meter.flops_per_token:.3g}, forward and backward",
+                "groups": describe_groups(self.optimizer),
+            },
+            "data": {
+                "read from": ", ".join(map(str, names)),
+                "tokens to train on": f"{sum(len(one.train.ids) for one in self.corpora):,}",
+                "tokens held out": f"{sum(len(one.val.ids) for one in self.corpora):,}",
+                "bytes a token": f"{1 / (self._bits_of_a_nat() * math.log(2)):.3f}",
+            },
+            "environment": {
+                **describe_environment(self.accelerator.device, self.accelerator.num_processes),
+                **({"peak for MFU": f"{peak / 1e12:.4g} TFLOP/s"} if peak else {}),
+                "precision": str(self.engine.precision),
+                "attention": str(self.engine.attention),
+                "compiled": str(self.engine.compiles),
+                "layout": str(self.layout),
+            },
+        }
+
+    def _leave(self, event: str, **told: str) -> None:
+        """Notes how the run is left, and writes its page."""
+        self.log.event(event, self.step, tokens=self.tokens, seconds=round(self.clock.seconds, 1), **told)
+        self._report()
+        self.log.close()
+
+    def _report(self) -> None:
+        """The page of the run as it stands."""
+        if self.accelerator.is_main_process:
+            write_report(self.folder)
 
     def _balance(self) -> dict[str, float]:
         """How evenly the experts were used in the last step: the worst layer, and the mean entropy."""
@@ -517,27 +605,13 @@ class Run:
         }
         if self.writer.save(self.step, self.model, self.optimizer, state, self.tokenizer):
             self.saved_at = self.seconds
+            self.seconds_saving += self.writer.cost
             self._record(checkpoint_seconds=self.writer.cost)
+            self.log.event("checkpoint", self.step, seconds=round(self.writer.cost, 3))
 
-    @torch.no_grad()
-    def _sample(self) -> str:
-        prompt = self.prompt.to(self.accelerator.device)
-        # Some tokenizers make nothing of a line break.
-        if not self.accelerator.is_main_process or not self.args.sample_tokens or not prompt.shape[1]:
-            return ""
-        self.model.eval()
-        room = self.model.config.max_position_embeddings - prompt.shape[1]
-        with self.accelerator.autocast():
-            ids = self.model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=min(self.args.sample_tokens, room),
-                do_sample=True,
-                temperature=0.8,
-                top_k=None,
-                pad_token_id=self.tokenizer.pad_token_id or 0,
-            )
-        return self.tokenizer.decode(ids[0], skip_special_tokens=True).strip("\n")
+    def _sample(self, tokens: int) -> str:
+        tokens = min(tokens, self.args.sample_tokens)
+        return sample_text(self.model, self.tokenizer, self.prompt, tokens, self.accelerator, self.args.seed)
 
     def _finish(self, sample: str) -> Path:
         """Writes `final/`, a complete Hugging Face directory, aside and renamed; then curve and sample."""
@@ -556,8 +630,9 @@ class Run:
                 shutil.copyfile(final / "model.safetensors", partial)
                 os.replace(partial, self.weights_file)
             (self.folder / "sample.txt").write_text(sample, encoding="utf-8")
-            curve = self.folder / "loss.png"
-            if draw_curve(read_metrics(self.folder / METRICS_FILE), curve, f"{self.args.config}"):
+            records, curve = read_metrics(self.folder / METRICS_FILE), self.folder / "loss.png"
+            if draw_curve(records, curve, f"{self.args.config}"):
+                draw_course(records, self.folder / "course.png", f"{self.args.config}")
                 self.say(f"loss curve: {curve}")
             else:
                 self.say("loss curve: not drawn, matplotlib is not installed (extra 'train')")
@@ -578,10 +653,6 @@ def _what_is_wrong(outcome: Outcome) -> str:
     if math.isfinite(value):
         what, value = "the gradient's norm", outcome.norm
     return f"{what} is {value}"
-
-
-def _smoothed(average: float | None, loss: float) -> float:
-    return loss if average is None else 0.95 * average + 0.05 * loss
 
 
 def _describe(loss: TextLoss) -> str:
