@@ -1,14 +1,22 @@
-"""Training step: Tessera against transformers' own classes of the same shape, compiled, in one process.
+"""Training step: Tessera against its peers' own classes of the same shape, compiled, in one process.
 
-    python benchmarks/training_step.py [--shapes llama-135m llama-1.1b moe-688m] [--profile] [--tiny]
+    python benchmarks/training_step.py [--shapes llama-135m llama-1.1b moe-688m]
+        [--precisions bf16 amp master] [--nanochat DIR] [--profile] [--tiny]
 
-Random tokens, bf16 weights, gradients and fused AdamW; `torch.compile(model, dynamic=False)` except where a
-row says eager. Both sides start from the same weights: a first loss that differs by more than 1 % ends the
-run. Median of the timed steps, peak memory of those steps. The peers are `LlamaForCausalLM` and
-`DeepseekV3ForCausalLM` (experts by grouped_mm) as transformers ships them.
+Random tokens, `torch.compile(model, dynamic=False)` except where a row says eager. Both sides start from the
+same weights: a first loss that differs by more than 1 % ends the run. Median of the timed steps, peak memory
+of those steps, and the optimizer's step alone.
+
+The peers are `LlamaForCausalLM` and `DeepseekV3ForCausalLM` (experts by grouped_mm) as transformers ships
+them, with fused AdamW on both sides. Precisions: `bf16` has bf16 weights, gradients and moments; `amp` fp32
+weights under autocast, with fp32 moments; `master` (ours alone, compared with the peer's amp) bf16 weights
+with fp32 masters and moments in the optimizer, which is the same arithmetic but for the norms. The shapes
+nanochat-d12 and nanochat-d12-windows need a checkout of nanochat: its GPT with the optimizer that it sets up
+(fp32 matrices that it casts, bf16 embeddings) against the preset with ours.
 """
 
 import argparse
+import contextlib
 import gc
 import json
 import statistics
@@ -17,9 +25,16 @@ from collections.abc import Callable
 
 import torch
 import transformers
+from nanochat_peer import import_nanochat, make_gpt, tessera_weights
+from torch import nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig
 
 from tessera import TesseraConfig
+from tessera.training.optimizers import build_optimizer
+
+PRECISIONS = ("bf16", "amp", "master")
+# Letters of nanochat's windows: full attention in each layer, and its own default.
+NANOCHAT = {"nanochat-d12": "L", "nanochat-d12-windows": "SSSL"}
 
 # Shape: batch, length, fields of the peer's configuration, whether the peer is also timed without compiling.
 SHAPES = {
@@ -116,20 +131,48 @@ def configurations(fields: dict):
     return peer, TesseraConfig(**fields, **common, rms_norm_eps=peer.rms_norm_eps)
 
 
-def measure(model, compiled: bool, batch: int, length: int, seconds: float, profile: bool) -> dict:
+class MasterAdamW:
+    """Fused AdamW on fp32 copies of bf16 weights, which it rounds back into the model."""
+
+    def __init__(self, params, **kwargs):
+        self.params = list(params)
+        self.masters = [nn.Parameter(p.detach().float()) for p in self.params]
+        self.optimizer = torch.optim.AdamW(self.masters, **kwargs)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for master, p in zip(self.masters, self.params, strict=True):
+            master.grad = None if p.grad is None else p.grad.float()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        torch._foreach_copy_(self.params, self.masters)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self.params:
+            p.grad = None
+
+
+def adamw(model: nn.Module, precision: str):
+    """Fused AdamW over all weights, as every row but nanochat's has it."""
+    kind = MasterAdamW if precision == "master" else torch.optim.AdamW
+    fused = next(model.parameters()).is_cuda
+    return kind(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
+
+
+def compile_model(model: nn.Module):
+    """The model compiled; a CPU, which is there to see that it runs, is spared the compiler's last stage."""
+    on_gpu = next(model.parameters()).is_cuda
+    return torch.compile(model, dynamic=False, backend="inductor" if on_gpu else "aot_eager")
+
+
+def measure(
+    loss_of: Callable[[], torch.Tensor], optimizer, batch: int, length: int, seconds: float, profile: bool
+) -> dict:
     """Milliseconds of a step, tokens per second, peak GiB, and the first loss."""
-    device = model.device
-    cuda = device.type == "cuda"
-    torch._dynamo.reset()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=cuda
-    )
-    forward = torch.compile(model, dynamic=False) if compiled else model
-    generator = torch.Generator(device).manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (batch, length), device=device, generator=generator)
+    cuda = torch.cuda.is_available()
 
     def step() -> torch.Tensor:
-        loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = loss_of()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -138,6 +181,8 @@ def measure(model, compiled: bool, batch: int, length: int, seconds: float, prof
     start = time.perf_counter()
     first_loss = step().item()
     first = time.perf_counter() - start
+    for _ in range(2):
+        step()
     start = time.perf_counter()
     for _ in range(3):
         loss = step()
@@ -147,9 +192,13 @@ def measure(model, compiled: bool, batch: int, length: int, seconds: float, prof
         torch.cuda.reset_peak_memory_stats()
     times = _step_times(step, steps, cuda)
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
+    loss_of().backward()
+    alone = statistics.median(_step_times(optimizer.step, 5, cuda))
+    optimizer.zero_grad(set_to_none=True)
     median = statistics.median(times)
     row = {
         "ms": 1e3 * median,
+        "optimizer_ms": 1e3 * alone,
         "tokens_per_s": batch * length / median,
         "peak_GiB": peak,
         "first_step_s": first,
@@ -183,70 +232,193 @@ def _step_times(step: Callable[[], torch.Tensor], steps: int, cuda: bool) -> lis
     return [a.elapsed_time(b) / 1e3 for a, b in zip(events[:-1], events[1:], strict=True)]
 
 
+class Table:
+    """The rows: measured, printed, and compared shape by shape."""
+
+    def __init__(self, seconds: float, profile: bool):
+        self.seconds, self.profile = seconds, profile
+        self.rows: list[dict] = []
+
+    def add(
+        self, shape: str, side: str, precision: str, compiled: bool, sizes: tuple[int, int], make: Callable
+    ) -> None:
+        """One row. `make` gives a model, its optimizer and a function from ids [B, T + 1] to the loss."""
+        batch, length = sizes
+        torch._dynamo.reset()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, optimizer, loss_of = make(compiled)
+        vocabulary = model.config.vocab_size
+        generator = torch.Generator(device).manual_seed(0)
+        ids = torch.randint(0, vocabulary, (batch, length + 1), device=device, generator=generator)
+        context = contextlib.nullcontext
+        if precision == "amp":
+
+            def context():
+                return torch.autocast(device, dtype=torch.bfloat16)
+
+        def loss(of: Callable = loss_of) -> torch.Tensor:
+            with context():
+                return of(ids)
+
+        row = measure(loss, optimizer, batch, length, self.seconds, self.profile)
+        labels = {"shape": shape, "side": side, "precision": precision, "compiled": compiled}
+        row = {**labels, "batch": batch, "length": length, **row}
+        self.rows.append(row)
+        print(
+            f"{shape:20} {side:13} {precision:6} {'compiled' if compiled else 'eager':9} B{batch} T{length} "
+            f"{row['ms']:9.1f} ms ({row['optimizer_ms']:.1f} optimizer) "
+            f"{row['tokens_per_s']:11,.0f} tokens/s {row['peak_GiB']:7.2f} GiB  "
+            f"first {row['first_step_s']:5.1f} s  spread {row['spread']:.3f}  "
+            f"loss {row['loss']:.4f}",
+            flush=True,
+        )
+        del model, optimizer, loss_of, loss
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+    def compare(self, shape: str) -> None:
+        """Prints the ratios of one shape: each of our rows against the best peer of its kind."""
+        rows = [row for row in self.rows if row["shape"] == shape]
+        for ours in [row for row in rows if row["side"] == "tessera"]:
+            kind = "bf16" if ours["precision"] == "bf16" else "amp"
+            peers = [row for row in rows if row["side"] != "tessera"]
+            peers = [row for row in peers if row["precision"] in (kind, "own")]
+            if not peers:
+                continue
+            if abs(ours["loss"] / peers[0]["loss"] - 1) > 0.01:
+                raise SystemExit(f"{shape}: the first losses differ: {ours['loss']} and {peers[0]['loss']}")
+            best = max(peers, key=lambda row: row["tokens_per_s"])
+            memory = ours["peak_GiB"] / best["peak_GiB"]
+            ratio = ours["tokens_per_s"] / best["tokens_per_s"]
+            without = (best["ms"] - best["optimizer_ms"]) / (ours["ms"] - ours["optimizer_ms"])
+            print(
+                f"{shape:20} tessera {ours['precision']} / best peer ({best['precision']}): "
+                f"{ratio:.3f}x tokens/s ({without:.3f}x without the optimizers), {memory:.3f}x memory",
+                flush=True,
+            )
+
+
+def add_transformers_shape(
+    table: Table, shape: str, precisions: list[str], ours_only: bool, tiny: bool
+) -> None:
+    """The rows of a shape that transformers has a class for."""
+    batch, length, fields, with_eager = SHAPES[shape]
+    if tiny:
+        batch, length = 2, 32
+        fields = {key: TINY.get(key, value) for key, value in fields.items()}
+    peer_config, our_config = configurations(fields)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    with torch.device(device):
+        start = AutoModelForCausalLM.from_config(peer_config, dtype=torch.bfloat16).state_dict()
+    start = {name: tensor.cpu() for name, tensor in start.items()}
+
+    def make(config, precision):
+        def build(compiled):
+            with torch.device(device):
+                dtype = torch.float32 if precision == "amp" else torch.bfloat16
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+            model.load_state_dict(start)
+            forward = compile_model(model) if compiled else model
+
+            def loss_of(ids):
+                ids = ids[:, :-1]
+                return forward(input_ids=ids, labels=ids, use_cache=False).loss
+
+            return model, adamw(model, precision), loss_of
+
+        return build
+
+    sizes = batch, length
+    for precision in precisions:
+        if precision != "master" and not ours_only:
+            table.add(shape, "transformers", precision, True, sizes, make(peer_config, precision))
+            if with_eager and precision == "bf16":
+                table.add(shape, "transformers", precision, False, sizes, make(peer_config, precision))
+        table.add(shape, "tessera", precision, True, sizes, make(our_config, precision))
+    table.compare(shape)
+
+
+def add_nanochat_shape(
+    table: Table, shape: str, precisions: list[str], checkout: str, ours_only: bool, tiny: bool
+) -> None:
+    """The rows of nanochat's d12."""
+    batch, length = (2, 128) if tiny else (32, 2048)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = {"n_layer": 2, "n_embd": 128, "n_head": 1, "n_kv_head": 1, "vocab_size": 512} if tiny else {}
+    gpt = import_nanochat(checkout)
+    peer = make_gpt(gpt, NANOCHAT[shape], length, device, sizes)
+    start = {name: tensor.to("cpu", copy=True) for name, tensor in peer.state_dict().items()}
+    config, weights = tessera_weights(start, peer.config)
+    del peer
+
+    def make_peer(compiled):
+        model = make_gpt(gpt, NANOCHAT[shape], length, device, sizes)
+        model.load_state_dict(start)
+        forward = compile_model(model)
+
+        def loss_of(ids):
+            return forward(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+
+        optimizer = model.setup_optimizer()
+        optimizer.zero_grad = lambda set_to_none: model.zero_grad(set_to_none=True)
+        return model, optimizer, loss_of
+
+    def make(precision):
+        def build(compiled):
+            with torch.device(device):
+                dtype = torch.float32 if precision == "amp" else torch.bfloat16
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+            model.load_state_dict(weights)
+            forward = compile_model(model)
+
+            def loss_of(ids):
+                shifted = ids[:, 1:].contiguous()
+                return forward(
+                    input_ids=ids[:, :-1].contiguous(), labels=shifted, shift_labels=shifted, use_cache=False
+                ).loss
+
+            return model, build_optimizer(model, "muon"), loss_of
+
+        return build
+
+    if not ours_only:
+        table.add(shape, "nanochat", "own", True, (batch, length), make_peer)
+    for precision in precisions:
+        if precision != "master":
+            table.add(shape, "tessera", precision, True, (batch, length), make(precision))
+    table.compare(shape)
+
+
 def main() -> None:
     """Prints a row for each side of each shape, and the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument(
+        "--shapes", nargs="+", choices=[*SHAPES, *NANOCHAT], help="default: all it has peers for"
+    )
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["bf16"])
+    parser.add_argument("--nanochat", metavar="DIR", help="a checkout of nanochat, for its shapes")
     parser.add_argument("--seconds", type=float, default=6.0, help="of timed steps for each row")
-    parser.add_argument("--profile", action="store_true", help="kernels of one step of ours")
+    parser.add_argument("--profile", action="store_true", help="kernels of one step of each row")
     parser.add_argument("--ours-only", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that it runs")
     parser.add_argument("--json", help="file for the rows")
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    shapes = args.shapes or [*SHAPES, *(NANOCHAT if args.nanochat else ())]
+    if not args.nanochat and any(shape in NANOCHAT for shape in shapes):
+        parser.error("the shapes of nanochat need --nanochat DIR, a checkout of it")
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}")
-    rows = []
-    for shape in args.shapes:
-        batch, length, fields, with_eager = SHAPES[shape]
-        if args.tiny:
-            batch, length = 2, 32
-            fields = {key: TINY.get(key, value) for key, value in fields.items()}
-        peer_config, our_config = configurations(fields)
-        torch.manual_seed(0)
-        with torch.device(device):
-            peer = AutoModelForCausalLM.from_config(peer_config, dtype=torch.bfloat16).train()
-        weights = {key: value.to("cpu", copy=True) for key, value in peer.state_dict().items()}
-        sides = [("transformers", True), ("tessera", True)]
-        if with_eager:
-            sides.insert(1, ("transformers", False))
-        for side, compiled in sides:
-            if side == "transformers" and args.ours_only:
-                continue
-            model = peer
-            if side == "tessera":
-                peer = None
-                gc.collect()
-                if device == "cuda":
-                    torch.cuda.empty_cache()
-                with torch.device(device):
-                    model = AutoModelForCausalLM.from_config(our_config, dtype=torch.bfloat16).train()
-            model.load_state_dict(weights)
-            row = measure(model, compiled, batch, length, args.seconds, args.profile)
-            labels = {"shape": shape, "side": side, "compiled": compiled, "batch": batch, "length": length}
-            row = {**labels, **row}
-            rows.append(row)
-            print(
-                f"{shape:12} {side:13} {'compiled' if compiled else 'eager':9} B{batch} T{length} "
-                f"{row['ms']:9.1f} ms {row['tokens_per_s']:11,.0f} tokens/s {row['peak_GiB']:7.2f} GiB  "
-                f"first {row['first_step_s']:5.1f} s  spread {row['spread']:.3f}  loss {row['loss']:.4f}",
-                flush=True,
-            )
-            del model
-            gc.collect()
-        ours = rows[-1]
-        peers = [row for row in rows if row["shape"] == shape and row["side"] == "transformers"]
-        if not peers:
-            continue
-        if abs(ours["loss"] / peers[0]["loss"] - 1) > 0.01:
-            raise SystemExit(f"{shape}: the first losses differ: {ours['loss']} and {peers[0]['loss']}")
-        best = max(peers, key=lambda row: row["tokens_per_s"])
-        memory = ours["peak_GiB"] / best["peak_GiB"]
-        ratio = ours["tokens_per_s"] / best["tokens_per_s"]
-        print(f"{shape:12} tessera / best peer: {ratio:.3f}x tokens/s, {memory:.3f}x memory", flush=True)
+    table = Table(args.seconds, args.profile)
+    for shape in shapes:
+        if shape in NANOCHAT:
+            add_nanochat_shape(table, shape, args.precisions, args.nanochat, args.ours_only, args.tiny)
+        else:
+            add_transformers_shape(table, shape, args.precisions, args.ours_only, args.tiny)
     if args.json:
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(rows, file, indent=1)
+            json.dump(table.rows, file, indent=1)
 
 
 if __name__ == "__main__":
