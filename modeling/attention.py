@@ -185,13 +185,14 @@ class TesseraAttention(_Attention):
             # The factor 3 lets a gate that starts at one half grow past neutral (nanochat).
             gate = 3 * torch.sigmoid(self.value_gate(hidden_states))
             value = value + gate.unsqueeze(-1) * self.value_embed(input_ids).view(heads).to(value.dtype)
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, H, T, D]
-
+        # Rotated and normed before heads and positions change places: the kernels then read queries and write
+        # the output as the products beside them have it, and nothing is copied between the two.
         if self.config.qk_norm == "before_rope":
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = self._rotate(query, position_embeddings), self._rotate(key, position_embeddings)
         if self.config.qk_norm == "after_rope":
             query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # [B, H, T, D]
 
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -237,26 +238,28 @@ class TesseraLatentAttention(_Attention):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Normed hidden states [B, T, C] -> [B, T, C], and probabilities where there are any."""
-        query = self._query(hidden_states)
+        query = self._query(hidden_states)  # [B, T, H, D]
         q_nope, q_rope = query.split([self.nope_dim, self.rope_dim], dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(hidden_states).split([self.rank, self.rope_dim], dim=-1)
-        latent, k_rope = (
-            self.kv_a_layernorm(latent).unsqueeze(1),
-            k_rope.unsqueeze(1),
-        )  # one head: [B, 1, T, R]
-        q_rope, k_rope = self._rotate(q_rope, position_embeddings), self._rotate(k_rope, position_embeddings)
+        q_rope = self._rotate(q_rope, position_embeddings)
+        # One head for all: [B, 1, T, R].
+        latent = self.kv_a_layernorm(latent).unsqueeze(1)
+        k_rope = self._rotate(k_rope.unsqueeze(2), position_embeddings).transpose(1, 2)
         if past_key_values is not None:
             latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
 
         paged = kwargs.get("cache") is not None
-        if not paged and self.absorbs(query.shape[2], latent.shape[2], attention_mask):
+        if not paged and self.absorbs(query.shape[1], latent.shape[2], attention_mask):
+            q_nope, q_rope = q_nope.transpose(1, 2), q_rope.transpose(1, 2)
             out, probabilities = self._attend_absorbed(q_nope, q_rope, latent, k_rope, attention_mask)
         else:
             heads = (-1, self.nope_dim + self.v_dim)  # a rank may hold some of the heads only
-            expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, heads).transpose(1, 2)
-            k_nope, value = expanded.split([self.nope_dim, self.v_dim], dim=-1)
-            key = torch.cat([k_nope, k_rope.expand(-1, k_nope.shape[1], -1, -1)], dim=-1)
-            query = torch.cat([q_nope, q_rope], dim=-1)
+            expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, heads)
+            k_nope, value = expanded.split([self.nope_dim, self.v_dim], dim=-1)  # [B, S, H, D]
+            k_rope = k_rope.transpose(1, 2).expand(-1, -1, k_nope.shape[2], -1)
+            key = torch.cat([k_nope, k_rope], dim=-1).transpose(1, 2)
+            query = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2)
+            value = value.transpose(1, 2)
             if paged:
                 # The paged cache has one width for keys and values.
                 value = F.pad(value, (0, key.shape[-1] - self.v_dim))
@@ -297,7 +300,7 @@ class TesseraLatentAttention(_Attention):
             query = self.q_proj(hidden_states)
         else:
             query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
-        return query.unflatten(-1, (-1, self.nope_dim + self.rope_dim)).transpose(1, 2)
+        return query.unflatten(-1, (-1, self.nope_dim + self.rope_dim))
 
     def _attend_absorbed(
         self, q_nope, q_rope, latent, k_rope, attention_mask

@@ -162,11 +162,11 @@ def apply_rotary(
     product is that of the interleaved order.
 
     Args:
-        x: queries or keys [B, H, T, D].
+        x: queries or keys [B, T, H, D].
         cos, sin: [B, T, rotary_dim / 2].
         interleave: whether the pairs are neighbours instead of half a head apart.
     """
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     width, passed = 2 * cos.shape[-1], []
     if width < x.shape[-1]:
         x, rest = x[..., :width], x[..., width:]
