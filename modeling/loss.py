@@ -3,18 +3,23 @@
 For a vocabulary of 32k the logits of a batch are larger than all else that a step keeps, and in fp32, with
 their gradient, several times so. Here each chunk's logits become its loss and its gradients at once, and are
 gone before the next chunk. The gradients are those of the sum; backward only scales them. What belongs here:
-losses over hidden states and the head's weight. Shapes: N tokens, C hidden, V vocabulary.
+losses over hidden states and the head's weight; the kernel for a GPU is in `loss_kernel.py`. Shapes: N
+tokens, C hidden, V vocabulary.
 """
-
-import functools
-from collections.abc import Callable
 
 import torch
 from torch.autograd.function import once_differentiable
 
-# Logits that exist at once: 4096 tokens of a 32k vocabulary, which keep an H200's matrix units busy.
+from .loss_kernel import HAS_TRITON, logits_to_gradient
+
+# Logits that exist at once: 4096 tokens of a 32k vocabulary, which keep an H200's matrix units busy. The
+# products of a wide model are as fast with half as many.
 LOGITS_AT_A_TIME = 2**27
-FEWEST_TOKENS = 512  # below, products with a large vocabulary are bound by reading the head
+WIDE = 1536
+FEWEST_TOKENS = 1024  # below, reading the head and adding to its gradient take longer than the products
+# A bf16 head of so many elements has its gradient summed over chunks in bf16, as gradients of micro-batches
+# are: in fp32 the sum would take more memory than all else here, and at 128k tokens a tenth more time.
+LARGE_HEAD = 2**26
 
 
 def linear_cross_entropy(
@@ -23,11 +28,13 @@ def linear_cross_entropy(
     targets: torch.Tensor,
     softcap: float | None = None,
     ignore_index: int = -100,
+    z_loss: float = 0.0,
 ) -> torch.Tensor:
     """Summed cross entropy of `softcap(hidden @ weight.T)` against the targets, in nats and fp32.
 
     The logits are in the dtype of the products (bf16 under autocast), the softmax in fp32, and the weight's
-    gradient is summed over chunks in fp32. It can be differentiated once.
+    gradient is summed over chunks in fp32, but for the largest heads (`LARGE_HEAD`). It can be differentiated
+    once.
 
     Args:
         hidden: [..., C].
@@ -35,6 +42,8 @@ def linear_cross_entropy(
         targets: [...], ids below V, or `ignore_index` where nothing is to be predicted.
         softcap: logits become `softcap * tanh(logits / softcap)`.
         ignore_index: the target that does not count.
+        z_loss: weight of the squared logarithm of the softmax's normalizer, which is added for each target
+            that counts and keeps logits from drifting (PaLM, section 5; Chowdhery et al., 2022).
 
     Raises:
         ValueError: if targets and hidden states are not of the same positions.
@@ -46,20 +55,24 @@ def linear_cross_entropy(
         )
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        hidden = hidden.to(torch.get_autocast_dtype(device))
     return _LinearCrossEntropy.apply(
-        hidden.flatten(0, -2), weight, targets.flatten().to(hidden.device), softcap, ignore_index
+        hidden.flatten(0, -2), weight, targets.flatten().to(hidden.device), softcap, ignore_index, z_loss
     )
+
+
+def z_term(logits: torch.Tensor, targets: torch.Tensor, ignore_index: int = -100) -> torch.Tensor:
+    """Summed squares of the logarithms of the normalizers of logits [..., V] at targets [...] that count."""
+    squares = logits.float().logsumexp(-1).square()
+    return torch.where(targets.to(squares.device) != ignore_index, squares, 0.0).sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, softcap, ignore_index):
+    def forward(ctx, hidden, weight, targets, softcap, ignore_index, z_loss):
         of_hidden, of_weight = ctx.needs_input_grad[:2]
-        compiled = torch.compiler.is_compiling() and hidden.is_cuda
         loss, hidden_grad, weight_grad = _opaque(
-            hidden, weight, targets, softcap, ignore_index, of_hidden, of_weight, compiled
+            hidden, weight, targets, softcap, ignore_index, z_loss, of_hidden, of_weight
         )
         ctx.save_for_backward(hidden_grad if of_hidden else None, weight_grad if of_weight else None)
         return loss
@@ -74,11 +87,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
 # A compiler that sees the chunks puts all their products first and keeps every logit: 5 GiB at 64k tokens of
-# a 32k vocabulary. It cannot look into an operator; what is between the products is compiled on its own.
+# a 32k vocabulary. It cannot look into an operator.
 # Named for the module: code that came with a checkpoint may be of another version.
 @torch.library.custom_op(f"tessera::{__name__.replace('.', '_')}_linear_cross_entropy", mutates_args=())
 def _opaque(
@@ -87,36 +101,40 @@ def _opaque(
     targets: torch.Tensor,
     softcap: float | None,
     ignore_index: int,
+    z_loss: float,
     of_hidden: bool,
     of_weight: bool,
-    compiled: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The summed loss and the gradients of hidden states [N, C] and weight [V, C]; empty if not asked for."""
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    loss = torch.zeros((), dtype=wide, device=hidden.device)
+    narrow = hidden.is_cuda and hidden.dtype != wide
+    cast = weight.to(hidden.dtype)
+    losses = torch.empty(len(hidden), dtype=wide, device=hidden.device)
     hidden_grad = torch.empty_like(hidden) if of_hidden else hidden.new_empty(0)
-    weight_grad = torch.zeros_like(weight, dtype=wide) if of_weight else weight.new_empty(0)
-    to_gradient = _compiled() if compiled else _to_gradient
-    tokens = max(FEWEST_TOKENS, LOGITS_AT_A_TIME // weight.shape[0])
+    sum_dtype = weight.dtype if weight.dtype == cast.dtype and weight.numel() >= LARGE_HEAD else wide
+    weight_grad = torch.zeros_like(weight, dtype=sum_dtype) if of_weight else weight.new_empty(0)
+    to_gradient = logits_to_gradient if narrow and HAS_TRITON else _to_gradient
+    at_a_time = LOGITS_AT_A_TIME if hidden.shape[1] < WIDE else LOGITS_AT_A_TIME // 2
+    tokens = max(FEWEST_TOKENS, at_a_time // weight.shape[0])
     logits = hidden.new_empty(min(tokens, len(hidden)), weight.shape[0])
     for start in range(0, len(hidden), tokens):
         chunk = slice(start, start + tokens)
         h = hidden[chunk]
-        grad = torch.mm(h, weight.t(), out=logits[: len(h)])
-        chunk_loss, at, at_target = to_gradient(grad, targets[chunk], softcap, ignore_index)
-        loss += chunk_loss
-        grad.scatter_(1, at, at_target)
+        grad = torch.mm(h, cast.t(), out=logits[: len(h)])
+        to_gradient(grad, targets[chunk], losses[chunk], softcap, z_loss, ignore_index)
         if of_hidden:
-            torch.mm(grad, weight, out=hidden_grad[chunk])
-        if of_weight and hidden.is_cuda and hidden.dtype != wide:
+            torch.mm(grad, cast, out=hidden_grad[chunk])
+        if of_weight and sum_dtype == grad.dtype:
+            weight_grad.addmm_(grad.t(), h)
+        elif of_weight and narrow:
             torch.addmm(weight_grad, grad.t(), h, out_dtype=wide, out=weight_grad)
         elif of_weight:
             weight_grad += grad.t() @ h
-    return loss, hidden_grad, weight_grad.to(weight.dtype)
+    return losses.sum(), hidden_grad, weight_grad.to(weight.dtype)
 
 
 @_opaque.register_fake
-def _(hidden, weight, targets, softcap, ignore_index, of_hidden, of_weight, compiled):
+def _(hidden, weight, targets, softcap, ignore_index, z_loss, of_hidden, of_weight):
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return (
         hidden.new_empty((), dtype=wide),
@@ -126,40 +144,24 @@ def _(hidden, weight, targets, softcap, ignore_index, of_hidden, of_weight, comp
 
 
 def _to_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, softcap: float | None, ignore_index: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Summed cross entropy of logits [N, V], which become their gradient in place.
-
-    All but that at the targets: it is returned, with its places [N, 1]. To write it here as well would make
-    the compiler do the rest beside the logits and copy it.
-    """
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    losses: torch.Tensor,
+    softcap: float | None,
+    z_loss: float,
+    ignore_index: int,
+) -> None:
+    """What `logits_to_gradient` does, with torch's operators: the losses [N] of logits [N, V], which become
+    their gradient in place."""
     counted = (targets != ignore_index).unsqueeze(1)
     targets = torch.where(counted, targets.unsqueeze(1), 0)
-    scores = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    slope = 1.0
+    scores = logits.to(losses.dtype)
     if softcap is not None:
-        bent = torch.tanh(scores / softcap)
-        scores, slope = softcap * bent, 1 - bent * bent
+        scores = softcap * torch.tanh(scores / softcap)
     normalizer = scores.logsumexp(1, keepdim=True)
-    chosen = scores.gather(1, targets)
-    loss = torch.where(counted, normalizer - chosen, 0.0).sum()
-    at_target = torch.where(counted, (chosen - normalizer).exp() - 1, 0.0)
-    if softcap is not None:
-        at_target = at_target * (1 - (chosen / softcap) ** 2)
-    # Where nothing is to be predicted all probabilities are zero.
-    normalizer = torch.where(counted, normalizer, torch.inf)
-    logits.copy_((scores - normalizer).exp() * slope)
-    return loss, targets, at_target.to(logits.dtype)
-
-
-@functools.lru_cache(maxsize=1)
-def _compiled() -> Callable:
-    compiled = torch.compile(_to_gradient)
-    # Whether this key is on differs between the first step and the others, and the compiler looks at it.
-    ignored = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-
-    def call(*args):
-        with torch._C._ExcludeDispatchKeyGuard(ignored):
-            return compiled(*args)
-
-    return call
+    terms = normalizer - scores.gather(1, targets) + z_loss * normalizer.square()
+    losses.copy_(torch.where(counted, terms, 0.0).squeeze(1))
+    slope = 1.0 if softcap is None else 1 - (scores / softcap) ** 2
+    gradient = scores.sub_(normalizer).exp_().mul_(1 + 2 * z_loss * normalizer)
+    gradient.scatter_add_(1, targets, torch.full_like(normalizer, -1.0))
+    logits.copy_(torch.where(counted, gradient.mul_(slope), 0.0))

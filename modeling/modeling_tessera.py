@@ -33,6 +33,7 @@ from .decoder_layer import TesseraDecoderLayer, TesseraMTPLayer
 from .decoding import can_capture, is_distributed, sample_captured
 from .fused_head import takes_fused_head, with_own_terms
 from .layers import TesseraRotaryEmbedding, TesseraSmear, find_rows, make_norm
+from .loss import z_term
 from .masks import make_masks
 from .multi_token import TesseraDrafts, targets_of
 from .parallel_plans import is_split, require_splittable
@@ -393,6 +394,7 @@ class TesseraForCausalLM(TesseraLosses, TesseraContinuousBatching, TesseraPreTra
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         skip_logits: bool | None = None,
+        z_loss: float = 0.0,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
         """Runs the decoder and the head; see `TesseraModel.forward` for the inputs.
@@ -402,6 +404,8 @@ class TesseraForCausalLM(TesseraLosses, TesseraContinuousBatching, TesseraPreTra
             logits_to_keep: logits of the last n positions only, or of the positions in a tensor; 0 keeps all.
             skip_logits: whether to compute the loss without ever holding the logits; `logits` is then None.
                 Default: while training with labels.
+            z_loss: weight of the mean squared logarithm of the softmax's normalizer in the loss; see
+                `linear_cross_entropy`.
             kwargs: `num_items_in_batch` divides the summed loss, so that accumulated micro-batches of
                 different lengths add up to the loss of the whole; `output_router_logits`,
                 `output_hidden_states`, ...
@@ -435,7 +439,7 @@ class TesseraForCausalLM(TesseraLosses, TesseraContinuousBatching, TesseraPreTra
             skip_logits = self.training and labels is not None and self._head_is_plain()
         loss, aux_loss, logits = None, None, None
         if skip_logits:
-            loss = self._loss_without_logits(outputs.last_hidden_state, labels, **kwargs)
+            loss = self._loss_without_logits(outputs.last_hidden_state, labels, z_loss=z_loss, **kwargs)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
@@ -451,6 +455,9 @@ class TesseraForCausalLM(TesseraLosses, TesseraContinuousBatching, TesseraPreTra
         if loss is not None:
             targets = targets_of(labels, kwargs.get("shift_labels"))
             counted = kwargs.get("num_items_in_batch")
+            if z_loss and not skip_logits:
+                items = (targets != -100).sum() if counted is None else counted
+                loss = loss + z_loss * z_term(logits, targets).to(loss.device) / items
         further = ()
         if ahead:
             nats, further = self.nats_ahead(outputs, targets)

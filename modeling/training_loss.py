@@ -11,7 +11,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from .balancing import router_statistics
 from .feed_forward import TesseraRouter, load_balancing_loss
 from .layers import is_plain_linear
-from .loss import linear_cross_entropy
+from .loss import linear_cross_entropy, z_term
 from .multi_token import hidden_ahead, targets_ahead
 
 
@@ -29,9 +29,13 @@ class TesseraLosses:
         shift_labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         ignore_index: int = -100,
+        z_loss: float = 0.0,
         **_,
     ) -> torch.Tensor:
-        """The loss of transformers' `ForCausalLMLoss`, of hidden states [B, T, C] instead of logits."""
+        """The loss of transformers' `ForCausalLMLoss`, of hidden states [B, T, C] instead of logits.
+
+        With the z-loss of `linear_cross_entropy` added.
+        """
         if labels is None or not self._head_is_plain():
             raise ValueError(
                 "skip_logits=True needs labels, the model's own loss and a plain head: without an adapter, "
@@ -39,7 +43,7 @@ class TesseraLosses:
             )
         if shift_labels is None:
             shift_labels = F.pad(labels[:, 1:], (0, 1), value=ignore_index)
-        summed = self._summed_cross_entropy(hidden, shift_labels, ignore_index)
+        summed = self._summed_cross_entropy(hidden, shift_labels, ignore_index, z_loss)
         if num_items_in_batch is None:
             num_items_in_batch = (shift_labels != ignore_index).sum()
         elif isinstance(num_items_in_batch, torch.Tensor):
@@ -47,17 +51,19 @@ class TesseraLosses:
         return summed / num_items_in_batch
 
     def _summed_cross_entropy(
-        self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int = -100
+        self, hidden: torch.Tensor, targets: torch.Tensor, ignore_index: int = -100, z_loss: float = 0.0
     ) -> torch.Tensor:
         """Nats of targets [B, T] for hidden states [B, T, C], without the logits if the head allows it."""
         vocabulary, cap = self.config.vocab_size, self.config.final_logit_softcapping
         if self._head_is_plain():
-            return linear_cross_entropy(hidden, self.lm_head.weight[:vocabulary], targets, cap, ignore_index)
+            weight = self.lm_head.weight[:vocabulary]
+            return linear_cross_entropy(hidden, weight, targets, cap, ignore_index, z_loss)
         logits = self.lm_head(hidden)[..., :vocabulary].float()
         if cap is not None:
             logits = cap * torch.tanh(logits / cap)
-        targets = targets.flatten().to(logits.device)
-        return F.cross_entropy(logits.flatten(0, -2), targets, ignore_index=ignore_index, reduction="sum")
+        targets, logits = targets.flatten().to(logits.device), logits.flatten(0, -2)
+        summed = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
+        return summed + z_loss * z_term(logits, targets, ignore_index) if z_loss else summed
 
     @property
     def trains_ahead(self) -> bool:

@@ -27,7 +27,8 @@ def test_files_need_only_what_whoever_loads_them_has(path):
     allowed = THIRD_PARTY | sys.stdlib_module_names
     if path.stem not in travelling():
         allowed = allowed | {"safetensors"}
-    assert outsiders_of(path) <= allowed
+    # Kernels are taken where Triton is: the import is in a `try`, which transformers leaves out.
+    assert outsiders_of(path) - {"triton"} <= allowed
     assert set(get_imports(path)) <= allowed
 
 

@@ -19,22 +19,25 @@ def problem(dtype=torch.float64, tokens=50, width=16, vocabulary=37):
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
 
 
-def reference(hidden, weight, targets, softcap):
+def reference(hidden, weight, targets, softcap, z_loss=0.0):
     logits = hidden @ weight.t()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return F.cross_entropy(logits, targets, reduction="sum", ignore_index=-100)
+    normalizers = torch.log(logits.exp().sum(1))[targets != -100]
+    nats = F.cross_entropy(logits, targets, reduction="sum", ignore_index=-100)
+    return nats + z_loss * (normalizers**2).sum()
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.25])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("fewest", [1, 8, 512])
-def test_loss_and_gradients_equal_those_of_whole_logits(softcap, fewest, monkeypatch):
+def test_loss_and_gradients_equal_those_of_whole_logits(softcap, fewest, z_loss, monkeypatch):
     monkeypatch.setattr(loss_module, "LOGITS_AT_A_TIME", 1)
     monkeypatch.setattr(loss_module, "FEWEST_TOKENS", fewest)
     hidden, weight, targets = problem()
-    expected = reference(hidden, weight, targets, softcap)
+    expected = reference(hidden, weight, targets, softcap, z_loss)
     wanted = torch.autograd.grad(expected / 5, (hidden, weight))
-    found = linear_cross_entropy(hidden, weight, targets, softcap)
+    found = linear_cross_entropy(hidden, weight, targets, softcap, z_loss=z_loss)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found / 5, (hidden, weight)), wanted)
 
@@ -128,6 +131,21 @@ def test_autocast_makes_the_products_in_bf16():
     head = found["lm_head.weight"]
     assert head.dtype == torch.float32
     torch.testing.assert_close(head, wanted["lm_head.weight"], rtol=0.05, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "nanochat-tiny"])
+def test_z_loss_is_the_mean_square_of_the_normalizers_logarithm(name):
+    model = tiny_model(name).train()
+    ids = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[0, :9] = -100
+    without, _ = loss_and_gradients(model, input_ids=ids, labels=labels, skip_logits=False)
+    normalizers = without.logits[:, :-1].double().logsumexp(-1)[labels[:, 1:] != -100]
+    expected = without.loss + 0.1 * (normalizers**2).mean()
+    for skip_logits in (True, False):
+        arguments = {"input_ids": ids, "labels": labels, "z_loss": 0.1, "skip_logits": skip_logits}
+        found, _ = loss_and_gradients(model, **arguments)
+        torch.testing.assert_close(found.loss.double(), expected.double(), rtol=1e-5, atol=1e-6)
 
 
 def test_evaluation_keeps_its_logits():
