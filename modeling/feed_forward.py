@@ -5,6 +5,8 @@ loss of the routers. Shapes: B batch, T positions, C hidden, I intermediate, E e
 B * T tokens.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,6 +16,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .balancing import LoadTally
 from .configuration_tessera import TesseraConfig
+from .grouped_experts import grouped_experts, takes_grouped_products
 
 
 class TesseraMLP(nn.Module):
@@ -114,11 +117,27 @@ class _StackedExperts(nn.Module):
             if expert == self.num_experts:
                 continue
             token, slot = torch.where(indices == expert)
-            y = F.linear(self._hidden(x[token], expert), self.down_proj[expert]) * weights[token, slot, None]
+            hidden = self.activate(F.linear(x[token], self.enter_proj[expert]))
+            y = F.linear(hidden, self.down_proj[expert]) * weights[token, slot, None]
             out.index_add_(0, token, y.to(out.dtype))
         return out
 
 
+def _in_grouped_products(experts: type[nn.Module]) -> type[nn.Module]:
+    """The class with our own grouped products in place of the library's where they can be computed."""
+    library = experts.forward
+
+    @functools.wraps(library)
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        if takes_grouped_products(self, hidden_states):
+            return grouped_experts(self, hidden_states, top_k_index, top_k_weights)
+        return library(self, hidden_states, top_k_index, top_k_weights)
+
+    experts.forward = forward
+    return experts
+
+
+@_in_grouped_products
 @use_experts_implementation
 class TesseraExperts(_StackedExperts):
     """Gated experts, stacked: gate and up [E, 2I, C], down [E, C, I]."""
@@ -129,8 +148,14 @@ class TesseraExperts(_StackedExperts):
             torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim)
         )
 
-    def _hidden(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        gate, up = F.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
+    @property
+    def enter_proj(self) -> torch.Tensor:
+        """The weights that the tokens meet first [E, 2I, C]."""
+        return self.gate_up_proj
+
+    def activate(self, entered: torch.Tensor) -> torch.Tensor:
+        """[..., 2I] -> [..., I]."""
+        gate, up = entered.chunk(2, dim=-1)
         return self.act_fn(gate) * up
 
     def forward(
@@ -140,6 +165,7 @@ class TesseraExperts(_StackedExperts):
         return self._loop(hidden_states, top_k_index, top_k_weights)
 
 
+@_in_grouped_products
 @use_experts_implementation(has_gate=False)
 class TesseraUngatedExperts(_StackedExperts):
     """Plain experts, stacked: up [E, I, C], down [E, C, I]."""
@@ -148,8 +174,14 @@ class TesseraUngatedExperts(_StackedExperts):
         super().__init__(config)
         self.up_proj = nn.Parameter(torch.empty(self.num_experts, self.intermediate_dim, self.hidden_dim))
 
-    def _hidden(self, x: torch.Tensor, expert: int) -> torch.Tensor:
-        return self.act_fn(F.linear(x, self.up_proj[expert]))
+    @property
+    def enter_proj(self) -> torch.Tensor:
+        """The weights that the tokens meet first [E, I, C]."""
+        return self.up_proj
+
+    def activate(self, entered: torch.Tensor) -> torch.Tensor:
+        """[..., I] -> [..., I]."""
+        return self.act_fn(entered)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
