@@ -51,6 +51,7 @@ def text_loss(
     batch_size: int = 16,
     accelerator: Accelerator | None = None,
     every: int = 1,
+    groups: tuple[int, int] | None = None,
 ) -> TextLoss:
     """Mean loss over every token of a stream but the first, in non-overlapping windows.
 
@@ -65,6 +66,8 @@ def text_loss(
         batch_size: windows at a time.
         accelerator: of the run, for its precision and its other processes; without it the model's own dtype.
         every: score only each n-th window, so that a sample comes from the whole text.
+        groups: for a model that is split over processes: which group of them sees rows of its own, and how
+            many groups there are. All processes then call the model equally often, together.
 
     Raises:
         ValueError: if there are fewer than two tokens.
@@ -85,10 +88,17 @@ def text_loss(
     if (len(ids) - 1) % length and (every == 1 or not rows):
         batches.append([ids[whole * length :]])
     nats, lengths = [], []
-    for batch in batches[accelerator.process_index :: accelerator.num_processes]:
+    rank, processes = groups or (accelerator.process_index, accelerator.num_processes)
+    mine = batches[rank::processes]
+    if groups is not None and len(mine) < -(-len(batches) // processes):
+        mine.append(None)  # nothing to score any more, but the others wait for this part of the model
+    for batch in mine:
+        counts, batch = batch is not None, batch or batches[0]
         tokens = torch.from_numpy(np.stack(batch).astype(np.int64)).to(device)
         with autocast():
             logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
+        if not counts:
+            continue
         losses = nn.functional.cross_entropy(
             logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
         )
@@ -99,9 +109,10 @@ def text_loss(
     nats = torch.cat(nats) if nats else torch.zeros(0, dtype=torch.float64)
     windows = sum(map(len, batches))
     count = sum((len(row) - 1) for batch in batches for row in batch)
-    mean = _sum_over_processes(nats, accelerator, device) / count
+    alike = accelerator.num_processes // processes  # processes of a group, that have the same sums
+    mean = _sum_over_processes(nats, accelerator, device) / alike / count
     deviations = nats - mean * torch.tensor(lengths, dtype=torch.float64)
-    squares = _sum_over_processes(deviations**2, accelerator, device)
+    squares = _sum_over_processes(deviations**2, accelerator, device) / alike
     return TextLoss(mean, count, num_bytes * count / len(ids), stderr_of_rate(squares, windows, count))
 
 

@@ -122,11 +122,13 @@ def _after_step(optimizer: torch.optim.Optimizer, *_) -> None:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     # Where an adapter stands in for the weight, it is no parameter of the router.
-    _update([router for router in _routers if id(router._parameters.get("weight")) in held])
+    routers = [router for router in _routers if id(router._parameters.get("weight")) in held]
+    # Where it is over 0 the optimizer has changed nothing (torch's name for it), and so do we.
+    _update(routers, getattr(optimizer, "found_inf", None))
 
 
 @torch.no_grad()
-def _update(routers: Iterable[LoadTally]) -> None:
+def _update(routers: Iterable[LoadTally], found_inf: torch.Tensor | None = None) -> None:
     routers = sorted(routers, key=lambda router: router.serial)
     live = [router for router in routers if _speed(router)]
     if live and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -139,6 +141,8 @@ def _update(routers: Iterable[LoadTally]) -> None:
     for router in live:
         load = router.tally[: router.num_experts]
         step = _speed(router) * torch.sign(load.mean() - load)
+        if found_inf is not None:
+            step = step * (found_inf.to(step.device) <= 0)
         router.e_score_correction_bias.add_(step.to(router.e_score_correction_bias))
     for router in routers:
         router.close_tally()

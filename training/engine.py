@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
@@ -49,6 +50,9 @@ def start_processes(args: PretrainArguments) -> tuple[Accelerator, Layout, Preci
     state = PartialState(cpu=cpu)
     precision = choose_precision(args.precision, args.weights, state.device)
     layout = choose_layout(args, state.num_processes, state.process_index)
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision.mixed_precision:
+        # Of an earlier run in this process; Accelerate holds on to it.
+        AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=cpu, mixed_precision=precision.mixed_precision)
     # A launcher's own setting would divide every loss once more.
     accelerator.gradient_accumulation_steps = 1

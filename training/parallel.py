@@ -59,6 +59,11 @@ class Layout:
         return self.rank // self.tensor
 
     @property
+    def groups(self) -> tuple[int, int] | None:
+        """For who scores a text: `data_rank` and `data_size` of a model that is split, else None."""
+        return (self.data_rank, self.data_size) if self.sharded else None
+
+    @property
     def replicas(self) -> int:
         """Processes that report the same loss."""
         return self.tensor

@@ -69,20 +69,26 @@ class Prefetcher:
 
     def _read(self, place: int) -> StepData:
         counted = torch.tensor(self.feed.counted(place), device=self.device)
-        return StepData(counted, list(self.feed.micro_batches(place, self.device)))
+        return StepData(counted, [_shared(batch) for batch in self.feed.micro_batches(place, self.device)])
 
     def _read_aside(self, place: int) -> tuple[StepData, torch.cuda.Event | None]:
         if self._stream is None:
             return self._read(place), None
         cpu = torch.device("cpu")
         counted = torch.tensor(self.feed.counted(place)).pin_memory()
-        batches = list(self.feed.micro_batches(place, cpu))
-        # Targets have two names and are copied once.
-        pinned = {tensor.data_ptr(): tensor.pin_memory() for batch in batches for tensor in batch.values()}
+        batches = [_shared(batch) for batch in self.feed.micro_batches(place, cpu)]
+        pinned = {id(tensor): tensor.pin_memory() for batch in batches for tensor in batch.values()}
         with torch.cuda.stream(self._stream):
             copied = {key: tensor.to(self.device, non_blocking=True) for key, tensor in pinned.items()}
-            moved = [{name: copied[tensor.data_ptr()] for name, tensor in batch.items()} for batch in batches]
+            moved = [{name: copied[id(tensor)] for name, tensor in batch.items()} for batch in batches]
             data = StepData(counted.to(self.device, non_blocking=True), moved)
             event = torch.cuda.Event()
             event.record(self._stream)
         return data, event
+
+
+def _shared(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A micro-batch in which the targets, which go by two names, are one tensor."""
+    if "shift_labels" in batch:
+        batch["labels"] = batch["shift_labels"]
+    return batch

@@ -395,8 +395,10 @@ class Run:
         if not (evaluate or save) or self._settle(everything=True):
             return
         with self.clock.paused():
-            # What was learnt is safe before an evaluation, in which memory may run out, and other things.
-            if save or self.writer.is_due_before_evaluation(self.seconds - self.saved_at):
+            # What was learnt is safe before an evaluation, in which memory may run out, and other things. But
+            # a run that goes back is to go to where all was well.
+            save = save or self.writer.is_due_before_evaluation(self.seconds - self.saved_at)
+            if save and not self.guard.bad:
                 self._checkpoint()
             if evaluate:
                 held_out = self._evaluate(whole=False)
@@ -517,7 +519,16 @@ class Run:
         losses, of_each = [], {}
         for one in self.corpora:
             ids, num_bytes = one.val.ids, one.val.num_bytes
-            loss = text_loss(self.model, ids, num_bytes, self.length, batch_size, self.accelerator, every)
+            loss = text_loss(
+                self.model,
+                ids,
+                num_bytes,
+                self.length,
+                batch_size,
+                self.accelerator,
+                every,
+                self.layout.groups,
+            )
             losses.append(loss)
             if len(self.corpora) > 1:
                 of_each[f"val_loss/{one.name}"] = loss.nats

@@ -214,7 +214,7 @@ def test_steps_say_when_to_record_evaluate_and_save(tmp_path):
     assert [r["step"] for r in lines if "loss" in r] == [1, 3, 5, 7, 9]
     assert [r["step"] for r in lines if "val_loss" in r] == [0, 3, 6, 9, 10]
     assert [path.name for path in sorted((result.folder / "checkpoints").iterdir())] == [
-        "step-000008",
+        "step-000009",  # before its evaluation
         "step-000010",
     ]
 
