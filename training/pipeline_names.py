@@ -57,7 +57,11 @@ RUN_NAMES = {
 
 # ours -> their value -> ours; YAML reads a bare `no` as false.
 RUN_VALUES = {
-    "optimizer": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "AdamW": "adamw"},
+    "optimizer": {
+        **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "AdamW"), "adamw"),
+        **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "AdamW8bit"), "adamw-8bit"),
+        "Muon": "muon",
+    },
     "schedule": {
         **dict.fromkeys(("cosine_with_min_lr", "cosine_with_warmup"), "cosine"),
         **dict.fromkeys(("linear_with_warmup",), "linear"),

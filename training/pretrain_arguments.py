@@ -107,9 +107,13 @@ class PretrainArguments:
     optimizer: str | None = told(
         None,
         "Optimizer",
-        "muon (and AdamW for what is no matrix) or adamw [muon; for ByteGPT's own JSON adamw].",
+        "muon (and AdamW for what is no matrix), adamw, or adamw-8bit, by bitsandbytes [muon; for ByteGPT's "
+        "own JSON adamw].",
+        choices=("muon", "adamw", "adamw-8bit"),
     )
-    muon_features: list[str] | None = told(None, "Optimizer", "Parts of Muon that are on [all].")
+    muon_features: list[str] | None = told(
+        None, "Optimizer", "Parts of Muon that are on, of equilibrate,renormalize,normuon,cautious [all]."
+    )
     optimizer_in_backward: bool = told(
         False, "Optimizer", "Update each parameter as soon as its gradient is there; less memory."
     )

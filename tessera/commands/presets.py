@@ -1,5 +1,7 @@
 """`tessera presets`: what models there are, and what recipes train them."""
 
+from dataclasses import replace
+
 import typer
 
 
@@ -10,6 +12,7 @@ def presets() -> None:
     from tessera.modeling.accounting import count_costs
     from tessera.modeling.configuration_tessera import TesseraConfig
     from tessera.training.pretrain_arguments import gather_arguments
+    from tessera.training.scaling import scale_arguments
 
     rows = [("preset", "parameters", "active", "embedding", "FLOPs/token", "cache B/token", "context")]
     for name in preset_names():
@@ -26,9 +29,14 @@ def presets() -> None:
     rows = [("recipe", "preset", "optimizer", "tokens/step", "window", "length")]
     for name in recipe_names():
         args = gather_arguments({"data_file": ""}, name)
-        length = f"{args.minutes:g} minutes" if args.tokens is None else f"{_short(args.tokens)} tokens"
-        step = _short(args.batch_size * args.sequence_length)
-        rows.append((name, args.config, args.optimizer or "muon", step, str(args.sequence_length), length))
+        args = replace(args, optimizer=args.optimizer or "muon")
+        args = scale_arguments(
+            args, TesseraConfig.from_preset(args.config, depth=args.depth), args.sequence_length
+        )
+        batch = args.batch_size * args.sequence_length
+        tokens = args.tokens or (args.steps or 0) * batch
+        length = f"{_short(tokens)} tokens" if args.minutes is None else f"{args.minutes:g} minutes"
+        rows.append((name, args.config, args.optimizer, _short(batch), str(args.sequence_length), length))
     _print_table(rows)
     typer.echo(
         "\nTrain one: tessera pretrain --recipe llama-100m --data DATA; any flag lies over the recipe."

@@ -7,31 +7,51 @@ from tessera import TesseraConfig, TesseraForCausalLM, cli
 from tessera.configs.presets import preset_names
 from tessera.configs.recipes import read_recipe, read_yaml, recipe_names
 from tessera.training.pretrain_arguments import gather_arguments
+from tessera.training.scaling import measure, muon_rates, scale_arguments
 
-RECIPES = ["bytegpt", "bytes-shakespeare", "gpt2-124m", "llama-100m", "nanochat-d12"]
+RECIPES = recipe_names()
 
 
-def test_the_recipes_are_those():
-    assert recipe_names() == RECIPES
+def test_every_dialect_has_a_recipe():
+    assert {*RECIPES} >= {"bytegpt", "bytes-shakespeare", "gpt2-124m", "llama-100m", "nanochat-speedrun"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_validates_and_its_model_builds(name):
     args = gather_arguments({"data_file": "x"}, name)
     assert not {"data_file", "save_path", "tokenizer"} & read_recipe(name).keys()
-    assert args.config in preset_names()
-    config = TesseraConfig.from_preset(args.config)
+    assert args.config in preset_names() and args.optimizer in ("muon", "adamw")
+    config = TesseraConfig.from_preset(args.config, depth=args.depth)
     assert args.sequence_length <= config.max_position_embeddings
     with torch.device("meta"):
         model = TesseraForCausalLM(config)
     if args.minutes is None:
+        args = scale_arguments(args, config, args.sequence_length)
         multiplied = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-        assert 8 * multiplied < args.tokens < 40 * model.num_parameters()
-        assert 2**18 <= args.batch_size * args.sequence_length <= 2**19
-        steps = args.tokens / (args.batch_size * args.sequence_length)
-        assert args.warmup_steps < 0.1 * steps
+        batch = args.batch_size * args.sequence_length
+        tokens = args.tokens or args.steps * batch
+        assert 8 * multiplied < tokens < 40 * model.num_parameters()
+        assert 2**18 <= batch <= 2**19
+        assert args.warmup_steps < 0.1 * tokens / batch
         # On 1, 2, 4 or 8 GPUs alike.
         assert all(args.batch_size % (args.micro_batch_size * count) == 0 for count in (1, 2, 4, 8))
+
+
+def test_a_recipe_at_another_depth_is_another_model_with_its_own_batch():
+    shallow, deep = (gather_arguments({"data_file": "x", "depth": d}, "nanochat-speedrun") for d in (8, 20))
+    for args, batch in ((shallow, 2**18), (deep, 2**20)):
+        config = TesseraConfig.from_preset(args.config, depth=args.depth)
+        assert scale_arguments(args, config, 2048).batch_size * 2048 == batch
+
+
+def test_what_the_recipes_of_muon_say_is_what_its_rule_says():
+    """To the two digits that they are written with."""
+    for name in ("llama-100m", "bytegpt"):
+        args = gather_arguments({"data_file": "x"}, name)
+        sizes = measure(TesseraConfig.from_preset(args.config))
+        rates = muon_rates(sizes, args.tokens, batch=args.batch_size * args.sequence_length)
+        assert args.learning_rate == pytest.approx(rates.learning_rate, rel=0.02)
+        assert args.weight_decay == pytest.approx(rates.weight_decay, rel=0.05)
 
 
 def test_presets_lists_the_recipes(capsys):
@@ -42,7 +62,7 @@ def test_presets_lists_the_recipes(capsys):
     assert header.split() == ["recipe", "preset", "optimizer", "tokens/step", "window", "length"]
     assert [row.split()[0] for row in rows] == RECIPES
     listed = next(row.split() for row in rows if row.startswith("llama-100m"))
-    assert listed == ["llama-100m", "llama-100m", "adamw", "524k", "2048", "2.2B", "tokens"]
+    assert listed == ["llama-100m", "llama-100m", "muon", "524k", "2048", "2.2B", "tokens"]
 
 
 @pytest.mark.parametrize(

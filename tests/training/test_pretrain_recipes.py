@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tessera import TesseraConfig, TesseraForCausalLM, cli
 from tessera.commands import pretrain as pretrain_command
+from tessera.configs.recipes import recipe_names
 from tessera.data.training_rows import PACKINGS
 from tessera.training.checkpoints import find_checkpoint
 from tessera.training.inputs import read_model_config
@@ -459,6 +460,17 @@ def test_a_smoke_run_is_small_ends_soon_and_makes_room_for_the_next(pipeline, te
     Path("other-smoke/mine.txt").touch()
     code, _, err = tessera("pretrain", *FLAGS, "--smoke", "--save-path", "other")
     assert code == 2 and "other-smoke already holds files" in err and Path("other-smoke/mine.txt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_trains_in_small(name, tessera, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = tessera("pretrain", "--recipe", name, "--data", write_text(tmp_path), "--smoke")
+    assert code == 0, err
+    assert "5 steps of 2 x 128 tokens" in out
+    assert find_checkpoint("runs/pretrain-smoke").name == "final"
+    assert all(map(math.isfinite, losses(Path("runs/pretrain-smoke"))))
 
 
 @pytest.mark.parametrize(
