@@ -100,6 +100,15 @@ def tiny_arguments(folder: Path, preset: str = "llama-tiny", **given) -> Pretrai
     return PretrainArguments(**arguments)
 
 
+def untimed_records(run: Path, key: str = "step") -> list[dict]:
+    """The records of a run that have a value, without what depends on the clock."""
+    timed = {"seconds", "tokens_per_second", "mfu", "checkpoint_seconds"}
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [
+        {name: value for name, value in one.items() if name not in timed} for one in records if key in one
+    ]
+
+
 def tiny_run(folder: Path, resume: bool = False, **given) -> PretrainResult:
     """Trains as `tiny_arguments` says."""
     return pretrain(tiny_arguments(folder, **given), resume=resume)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.models import tiny_config
-from helpers.runs import tiny_arguments, tiny_run, write_prepared, write_words
+from helpers.runs import tiny_arguments, tiny_run, untimed_records, write_prepared, write_words
 
 from tessera.data.text import Tokens
 from tessera.data.training_rows import IGNORED
@@ -53,11 +53,6 @@ def wiki(tmp_path, words) -> str:
 @pytest.fixture
 def web(tmp_path, words) -> str:
     return write_documents(tmp_path / "web", words, [11, 7, 25, 4] * 9, seed=1)
-
-
-def records(folder: Path, *, of: str = "loss") -> list[dict]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines if of in line]
 
 
 # ---- which process reads what ----
@@ -222,7 +217,7 @@ def test_an_epoch_of_packed_rows_trains_on_every_token_once(wiki, tmp_path, monk
     given["sequence_length"] = 64
     result = tiny_run(tmp_path, data_file=wiki, batch_size=1, **given)
     assert seen == Counter(np.fromfile(Path(wiki, "train.bin"), dtype="<u2").tolist())
-    assert records(result.folder)[-1]["epoch"] == 1.0
+    assert untimed_records(result.folder, "loss")[-1]["epoch"] == 1.0
 
 
 def test_isolation_changes_what_is_learned_and_packing_does(wiki, tmp_path):
@@ -240,10 +235,10 @@ def test_a_mixture_trains_counts_epochs_and_scores_each_corpus(wiki, web, tmp_pa
     result = tiny_run(tmp_path, **given)
     run = Run(tiny_arguments(tmp_path, **given, save_path=str(tmp_path / "other")))
     rows = [made.per_epoch for made in run.feed.sequence.corpora]
-    last = records(result.folder)[-1]
+    last = untimed_records(result.folder, "loss")[-1]
     assert last["epoch/wiki"] == pytest.approx(18 / rows[0], abs=1e-6)
     assert last["epoch/web"] == pytest.approx(6 / rows[1], abs=1e-6)
-    scored = records(result.folder, of="val_loss")[-1]
+    scored = untimed_records(result.folder, "val_loss")[-1]
     assert scored["val_loss"] == pytest.approx(0.75 * scored["val_loss/wiki"] + 0.25 * scored["val_loss/web"])
     assert result.after.nats == pytest.approx(scored["val_loss"], abs=1e-6)
     whole = Run._optimizer_step
@@ -258,7 +253,9 @@ def test_a_mixture_trains_counts_epochs_and_scores_each_corpus(wiki, web, tmp_pa
         tiny_run(tmp_path, **given, save_path=str(tmp_path / "halves"), checkpoint_steps=1)
     halves = tiny_run(tmp_path, resume=True, **given, save_path=str(tmp_path / "halves"))
     # but the loss, whose average over steps begins anew where the run does
-    ours, theirs = ([{**r, "loss": 0} for r in records(run.folder)] for run in (halves, result))
+    ours, theirs = (
+        [{**r, "loss": 0} for r in untimed_records(run.folder, "loss")] for run in (halves, result)
+    )
     assert ours == theirs and len(ours) == 6
     assert halves.after == result.after
 
@@ -398,12 +395,12 @@ def test_a_mixture_goes_on_with_the_same_rows_on_another_number_of_processes(wik
     one = train("one", 1, 6)
     train("elastic", 2, 3)
     elastic = train("elastic", 3, 6, "--resume")
-    ours, theirs = records(elastic), records(one)
+    ours, theirs = untimed_records(elastic, "loss"), untimed_records(one, "loss")
     assert [record["step"] for record in ours] == [1, 2, 3, 4, 5, 6]
     for key in ("epoch/wiki", "epoch/web", "tokens"):
         assert [record[key] for record in ours] == [record[key] for record in theirs]
     # not the loss, whose average over steps begins anew where the run does
     norms = [[record["grad_norm"] for record in run] for run in (ours, theirs)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
-    after = [records(run, of="val_loss")[-1]["val_loss"] for run in (elastic, one)]
+    after = [untimed_records(run, "val_loss")[-1]["val_loss"] for run in (elastic, one)]
     assert after[0] == pytest.approx(after[1], abs=1e-4)

@@ -195,7 +195,8 @@ def test_a_run_directory_is_complete_and_its_model_loads_through_the_auto_classe
     run = result.folder
     assert run == tmp_path / "run"
     assert {path.name for path in run.iterdir()} == {
-        *("config.json", "recipe.yaml", "metrics.jsonl", "checkpoints", "final", "loss.png", "sample.txt")
+        *("config.json", "recipe.yaml", "checkpoints", "final", "sample.txt", "report.html"),
+        *("metrics.jsonl", "events.jsonl", "samples.jsonl", "loss.png", "course.png"),
     }
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert (run / "sample.txt").read_text(encoding="utf-8") == result.sample

@@ -13,6 +13,7 @@ from helpers.runs import (
     REPETITIVE,
     tiny_arguments,
     tiny_run,
+    untimed_records,
     write_config,
     write_prepared,
     write_text,
@@ -28,11 +29,6 @@ WORDS = ["<unk>", "<eos>", *sorted(set(REPETITIVE.split()))]
 
 def encode_words(text: str) -> list[int]:
     return [WORDS.index(word) if word in WORDS else 0 for word in text.split()]
-
-
-def records(folder: Path) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
 
 @pytest.fixture
@@ -57,8 +53,8 @@ GIVEN = {"config": "llama-tiny", "sequence_length": 16, "steps": 5, "log_steps":
 def test_prepared_tokens_train_as_their_text_does(prepared, words, tmp_path):
     from_text = tiny_run(tmp_path, tokenizer=str(words), **GIVEN)
     from_tokens = tiny_run(tmp_path, data_file=prepared, save_path=str(tmp_path / "second"), **GIVEN)
-    assert len(records(from_text.folder)) == 7
-    assert records(from_tokens.folder) == records(from_text.folder)
+    assert len(untimed_records(from_text.folder)) == 7
+    assert untimed_records(from_tokens.folder) == untimed_records(from_text.folder)
     assert from_tokens.after == from_text.after
     weights = [(run.final / "model.safetensors").read_bytes() for run in (from_text, from_tokens)]
     assert weights[0] == weights[1]
@@ -70,7 +66,7 @@ def test_prepared_bytes_need_no_tokenizer(tmp_path):
     tokens = write_prepared(tmp_path / "tokens", list(data[:cut]), list(data[cut:]), len(data) - cut)
     from_text = tiny_run(tmp_path)
     from_tokens = tiny_run(tmp_path, data_file=tokens, save_path=str(tmp_path / "second"))
-    assert records(from_tokens.folder) == records(from_text.folder)
+    assert untimed_records(from_tokens.folder) == untimed_records(from_text.folder)
 
 
 def test_prepared_tokens_are_mapped_and_never_copied_or_hashed(words, tmp_path):
@@ -224,7 +220,7 @@ def test_two_processes_read_the_same_prepared_tokens_as_one(prepared, tmp_path):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stderr
         assert f"on {processes} x cpu" in done.stdout
-    one, two = records(tmp_path / "run1"), records(tmp_path / "run2")
+    one, two = untimed_records(tmp_path / "run1"), untimed_records(tmp_path / "run2")
     assert [record["step"] for record in one] == [record["step"] for record in two]
     for key in ("loss", "val_loss", "val_bits_per_byte"):
         ours, theirs = ([r[key] for r in run if key in r] for run in (one, two))
