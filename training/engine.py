@@ -11,6 +11,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -19,15 +20,16 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
-from tessera.data.order import share
 from tessera.modeling.configuration_tessera import TesseraConfig
 from tessera.modeling.modeling_tessera import TesseraForCausalLM
 
 from . import compiling, guards
 from .attention_tier import apply_attention, choose_attention, needs_of
 from .feed import Feed
+from .in_backward import InBackward
+from .low_precision import narrow_parameters
 from .optimizers import build_optimizer
-from .parallel import Layout, agree, choose_layout, gathered, shard, split_by_engine, wrap
+from .parallel import Layout, agree, choose_layout, shard, split_by_engine, wrap
 from .precision import Precision, choose_precision
 from .prefetch import Prefetcher
 from .pretrain_arguments import PretrainArguments
@@ -107,7 +109,7 @@ class Engine:
         if args.gradient_checkpointing:
             checkpoint_layers(self.model, args.gradient_checkpointing_every)
         if precision.weights != "fp32":
-            self.model.to(precision.weight_dtype)
+            narrow_parameters(self.model)
         self.model.to(device)
         if self.compiles.on and self.compiles.by_layer:
             compiling.compile_layers(self.model, self.compiles)
@@ -120,7 +122,23 @@ class Engine:
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         args = self.args
-        return build_optimizer(self.model, args.optimizer, args.learning_rate, args.weight_decay)
+        optimizer = build_optimizer(
+            self.model,
+            args.optimizer,
+            args.learning_rate,
+            args.weight_decay,
+            momentum=args.momentum,
+            muon_features=args.muon_features,
+            weights=args.weights,
+            seed=args.seed,
+        )
+        if args.optimizer_in_backward:
+            if self.layout.processes > 1 and not self.layout.sharded:
+                raise ValueError("optimizer_in_backward on several processes needs parallel=fsdp")
+            if self.accelerator.scaler is not None:
+                raise ValueError("optimizer_in_backward cannot wait for the scale of fp16 gradients")
+            InBackward(optimizer, args.clip, self.feed.accumulation)
+        return optimizer
 
     def _make_runner(self) -> StepRunner:
         model: nn.Module = self.model
@@ -134,6 +152,7 @@ class Engine:
             self.wrapped_optimizer,
             self.args.clip,
             self.attention.context,
+            self.args.z_loss,
         )
 
     def describe(self) -> Iterator[str]:
@@ -143,7 +162,7 @@ class Engine:
 
     # ---- steps ----
 
-    def step(self, step: int, seconds: float = 0.0, stop: bool = False) -> torch.Tensor:
+    def step(self, step: int, seconds: float = 0.0, stop: int = 0) -> torch.Tensor:
         """Queues a step; see `StepRunner.step`. Where memory runs out it is done again in smaller parts.
 
         Raises:
@@ -153,53 +172,56 @@ class Engine:
             try:
                 return self.runner.step(self.rows.get(step), seconds, stop)
             except torch.OutOfMemoryError as error:
+                if self.args.optimizer_in_backward:
+                    raise guards.OutOfRows(
+                        "memory ran out in a step that optimizer_in_backward had begun to take; go on with "
+                        "--resume and a smaller batch_size"
+                    ) from error
                 if self.layout.processes > 1:
                     raise guards.OutOfRows(
                         f"memory ran out on process {self.layout.rank} while others waited for its part of "
                         "the model or of the gradients; go on with --resume and a smaller micro_batch_size"
                     ) from error
             # Outside of the handler, which holds on to the frames of the failed step.
-            self.halve(step)
+            self.halve()
 
-    def halve(self, step: int) -> None:
+    def halve(self) -> None:
         """Goes on with micro-batches of half the size; all processes call it."""
         for router in compiling.routers_of(self.model):
             router.tally.zero_()
         self.optimizer.zero_grad()
         free_memory(self.accelerator.device)
         self.rows.forget()
-        guards.halve(self.feed, self._rows(step), self.say, self.accelerator.device)
+        rows = -(-self.args.batch_size // self.layout.data_size)  # of a largest step
+        guards.halve(self.feed, rows, self.say, self.accelerator.device)
         self.runner.resume()
-
-    def _rows(self, step: int) -> int:
-        """Rows of a step on a process, at most."""
-        return -(-len(self.feed.numbers(step)) // self.layout.data_size)
 
     # ---- before the clock starts ----
 
-    def warm_up(self, first: int, last: int | None) -> None:
+    def warm_up(self, first: int) -> None:
         """Runs each shape once that the steps have: kernels are compiled, and memory is seen to suffice.
 
         Weights, optimizer, random numbers and the routers' counts are the same before and after.
 
         Args:
             first: step that comes next.
-            last: the last one; None where nobody knows.
         """
         if not self.compiles.on and self.accelerator.device.type == "cpu":
             return
+        if self.args.optimizer_in_backward:
+            return  # a backward pass is a step there
         self.runner.model.train()
         with compiling.unchanged(self.model, self.optimizer):
-            shapes = self._shapes(first, last)
+            shapes = self._shapes(first)
             done = set()
             while todo := [shape for shape in shapes if shape not in done]:
-                if self._try(todo[0], first):
+                if self._try(todo[0]):
                     done.add(todo[0])
                 else:
-                    shapes = self._shapes(first, last)
+                    shapes = self._shapes(first)
             self._step_without_effect(shapes[0])
 
-    def _try(self, shape: tuple[int, int], first: int) -> bool:
+    def _try(self, shape: tuple[int, int]) -> bool:
         """One micro-batch forward and backward; False if memory ran out somewhere and parts are smaller."""
 
         def run() -> None:
@@ -214,11 +236,11 @@ class Engine:
         except torch.OutOfMemoryError:
             no_memory = True
         if agree(self.accelerator, no_memory):
-            self.halve(first)
+            self.halve()
             return False
         if agree(self.accelerator, failed):
             self._without_compiling()
-            return self._try(shape, first)
+            return self._try(shape)
         self.optimizer.zero_grad()
         return True
 
@@ -242,12 +264,9 @@ class Engine:
         batch = compiling.dummy_batch(rows, length, vocabulary, device, self.args.isolate_documents)
         return StepData(torch.tensor(rows * length, device=device), [batch])
 
-    def _shapes(self, first: int, last: int | None) -> list[tuple[int, int]]:
+    def _shapes(self, first: int) -> list[tuple[int, int]]:
         """Rows and lengths of the micro-batches of a run, the largest first."""
-        mine = share(self.feed.numbers(first), self.layout.data_rank, self.layout.data_size)
-        parts = self.feed.accumulation
-        sizes = {len(share(mine, part, parts)) for part in range(parts)}
-        return sorted(((rows, self.feed.length) for rows in sizes), reverse=True)
+        return sorted(self.feed.shapes(first), key=lambda shape: (shape[0] * shape[1], shape), reverse=True)
 
     # ---- beside training ----
 
@@ -274,9 +293,9 @@ class Engine:
         """Ends what runs beside the loop."""
         self.rows.close()
 
-    def whole_weights(self):
-        """The context in which the model generates or is scored, whatever the processes hold of it."""
-        return gathered(self.model, self.layout)
+    def evaluating(self) -> AbstractContextManager:
+        """The context in which the model is scored: compiled layers would be compiled for its shapes too."""
+        return compiling.eager() if self.compiles.on and self.compiles.by_layer else nullcontext()
 
     def save_bad_batch(self, folder: Path, step: int) -> Path:
         """Writes this process's rows of a step; see `guards.save_bad_batch`."""

@@ -316,19 +316,6 @@ def load_whole_state_dict(model: nn.Module, state: dict[str, torch.Tensor]) -> N
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
 
 
-@contextlib.contextmanager
-def gathered(model: nn.Module, layout: Layout):
-    """Within it `model.generate` works on all processes at once, with all weights in place."""
-    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in modules:
-        module.unshard()
-    try:
-        yield
-    finally:
-        for module in modules:
-            module.reshard()
-
-
 def agree(accelerator: Accelerator, flag: bool) -> bool:
     """Whether the flag is set on any process; waits for all."""
     if accelerator.num_processes == 1:

@@ -12,6 +12,7 @@ What belongs here: the loop and what it leaves. What it is told, what it reads, 
 checkpoints and pictures have their own files.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -350,14 +351,14 @@ class Run:
         return newest
 
     def _train(self) -> None:
-        self.engine.warm_up(self.step, self.total_steps)
+        self.engine.warm_up(self.step)
         self.average, self.logged = Smoothed(), self.step
         self.next_eval = 1 + int(self._progress() * (self.args.evaluations + 1))
         self.model.train()
         self.meter.update(self.tokens, self.clock.seconds)
         is_main = self.accelerator.is_main_process
         self.shown = Progress(self._progress(), is_main, self._bits_of_a_nat(), self.total_steps)
-        with self.shown, self.clock:
+        with contextlib.closing(self.engine), self.shown, self.clock:
             while not self._is_done():
                 log = self.step + 1 - self.logged >= self.args.log_steps or not self.step
                 self.gradients.take(log)
@@ -374,9 +375,8 @@ class Run:
                     self.writer.finish()
                     self._leave("stop")
                     self.say(f"stopped at step {self.step}; its checkpoint is saved, go on with --resume")
-                    raise Stopped(self.signals.number)
+                    raise Stopped(self.last.stop)
                 self._evaluate_or_save()
-        self.engine.close()
 
     def _is_done(self) -> bool:
         """Whether the run is at its end, with all steps read, which may show that it is not."""
@@ -428,13 +428,13 @@ class Run:
             group["lr"], group["weight_decay"] = base_rate * rate, base_decay * decay
             if group["kind"] == "muon":
                 group["momentum"] = momentum
-        values = self.engine.step(self.step, self.clock.seconds, self.signals.number > 0)
+        values = self.engine.step(self.step, self.clock.seconds, self.signals.number)
         self.outcomes.add(self.step + 1, values)
 
     @property
     def stopping(self) -> bool:
         """Whether some process was asked to stop, as far as steps were read."""
-        return self.last is not None and self.last.stop
+        return self.last is not None and self.last.stop > 0
 
     def _settle(self, everything: bool) -> bool:
         """Reads what steps came to: all queued ones, or those that the device has done by now.
@@ -450,7 +450,7 @@ class Run:
                 self.outcomes.forget()
                 self.step = outcome.step - 1
                 self.log.event("out_of_memory", self.step, text="the micro-batches are halved")
-                self.engine.halve(self.step)
+                self.engine.halve()
                 return True
             verdict = self.guard.note(outcome) if self.engine.is_bad(outcome) else self.guard.good()
             if verdict == "stop":
@@ -519,16 +519,9 @@ class Run:
         losses, of_each = [], {}
         for one in self.corpora:
             ids, num_bytes = one.val.ids, one.val.num_bytes
-            loss = text_loss(
-                self.model,
-                ids,
-                num_bytes,
-                self.length,
-                batch_size,
-                self.accelerator,
-                every,
-                self.layout.groups,
-            )
+            given = (ids, num_bytes, self.length, batch_size, self.accelerator, every, self.layout.groups)
+            with self.engine.evaluating():
+                loss = text_loss(self.model, *given)
             losses.append(loss)
             if len(self.corpora) > 1:
                 of_each[f"val_loss/{one.name}"] = loss.nats

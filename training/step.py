@@ -6,8 +6,10 @@ processes go by) travels in one small tensor, summed over the processes, and is 
 queued already; see `Outcomes`. What belongs here: what happens between two steps' data.
 """
 
+import signal
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +21,9 @@ from .parallel import Layout, gradient_sync
 from .precision import Precision
 
 # Places in the tensor of a step.
-LOSS, NORM, BAD, NO_MEMORY, STOP, SECONDS = range(6)
+LOSS, NORM, BAD, NO_MEMORY, SECONDS, *STOPS = range(8)
+# Of the signals that ask a run to stop: how many processes got each.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM))
 MOST_STEPS_AHEAD = 1  # that the host queues before it reads what an earlier one came to
 
 
@@ -33,7 +37,7 @@ class Outcome:
         norm: of the gradient before clipping.
         bad: whether it was skipped, because one of the two is not finite.
         no_memory: whether memory ran out on some process, and the step is to be done again.
-        stop: whether some process was asked to stop.
+        stop: number of the signal by which some process was asked to stop, 0 for none.
         seconds: of training, by the first process's clock, when the step was queued.
     """
 
@@ -42,7 +46,7 @@ class Outcome:
     norm: float
     bad: bool
     no_memory: bool
-    stop: bool
+    stop: int
     seconds: float
 
 
@@ -82,13 +86,18 @@ class Outcomes:
                 values[NORM],
                 values[BAD] > 0,
                 values[NO_MEMORY] > 0,
-                values[STOP] > 0,
+                _signal_in(values),
                 values[SECONDS],
             )
 
     def forget(self) -> None:
         """Drops what has not been read: the run goes back to an earlier step."""
         self._waiting.clear()
+
+
+def _signal_in(values: list[float]) -> int:
+    """Number of a signal that some process got."""
+    return next((int(sent) for place, sent in zip(STOPS, SIGNALS, strict=True) if values[place] > 0), 0)
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,7 @@ class StepRunner:
         optimizer: as accelerate wrapped it.
         clip: largest gradient norm; 0 for none.
         context: what attention runs in.
+        z_loss: its weight in the loss.
     """
 
     def __init__(
@@ -126,27 +136,31 @@ class StepRunner:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         clip: float,
-        context,
+        context: Callable[[], AbstractContextManager],
+        z_loss: float = 0.0,
     ):
         self.accelerator, self.layout, self.precision = accelerator, layout, precision
         self.model, self.optimizer, self.clip, self.context = model, optimizer, clip, context
+        # A model that knows no such term is not told of none.
+        self.terms = {"z_loss": z_loss} if z_loss else {}
+        self.in_backward = getattr(getattr(optimizer, "optimizer", optimizer), "in_backward", None)
         self.parameters = [p for p in accelerator.unwrap_model(model).parameters() if p.requires_grad]
         # Doubles hold the clock of a long run; some devices have none.
         kind = torch.float32 if accelerator.device.type == "mps" else torch.float64
-        self.values = torch.zeros(6, dtype=kind, device=accelerator.device)
+        self.values = torch.zeros(8, dtype=kind, device=accelerator.device)
         # Once memory has run out somewhere no step may be taken until that one is done again.
         self.halted = torch.zeros((), dtype=torch.float32, device=accelerator.device)
 
-    def step(self, data: StepData, seconds: float = 0.0, stop: bool = False) -> torch.Tensor:
+    def step(self, data: StepData, seconds: float = 0.0, stop: int = 0) -> torch.Tensor:
         """Trains on the rows of a step.
 
         Args:
             data: the rows.
             seconds: of training so far, by this process's clock.
-            stop: whether this process was asked to stop.
+            stop: number of the signal by which this process was asked to stop, 0 for none.
 
         Returns:
-            The tensor [6] that `Outcomes.add` takes; nothing has been waited for.
+            The tensor [8] that `Outcomes.add` takes; nothing has been waited for.
 
         Raises:
             torch.OutOfMemoryError: if memory ran out and the other processes cannot be told. Gradients are
@@ -174,12 +188,15 @@ class StepRunner:
             last = sync and i == len(data.batches)
             with gradient_sync(self.model, last), self.context():
                 with self.precision.autocast(self.accelerator.device):
-                    loss = self.model(**batch, num_items_in_batch=data.counted, use_cache=False).loss
+                    loss = self._loss(batch, data.counted)
                 self._in_last_backward = last
                 # Processes average their gradients; the loss is already divided by the tokens of all.
                 self.accelerator.backward(loss * self.layout.data_size)
             total += loss.detach()
         return total
+
+    def _loss(self, batch: dict[str, torch.Tensor], counted: torch.Tensor) -> torch.Tensor:
+        return self.model(**batch, num_items_in_batch=counted, use_cache=False, **self.terms).loss
 
     def _poison(self, data: StepData) -> torch.Tensor:
         """Joins the others' gradients with NaN, from a row that fits: so that all skip the step."""
@@ -187,19 +204,24 @@ class StepRunner:
         row = {name: value[:1] for name, value in data.batches[0].items()}
         with torch.compiler.set_stance("force_eager"), gradient_sync(self.model, True), self.context():
             with self.precision.autocast(self.accelerator.device):
-                loss = self.model(**row, num_items_in_batch=data.counted, use_cache=False).loss
+                loss = self._loss(row, data.counted)
             (loss * float("nan")).backward()
         return loss.detach()
 
-    def _update(self, total: torch.Tensor, no_memory: float, seconds: float, stop: bool) -> torch.Tensor:
+    def _update(self, total: torch.Tensor, no_memory: float, seconds: float, stop: int) -> torch.Tensor:
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None:
             self.accelerator.unscale_gradients(self.optimizer)
-        norm = gradient_norm(self.parameters)
+        if self.in_backward is not None:
+            # Every parameter has taken its step, but those whose gradient was not finite.
+            self.optimizer.step()
+            norm = self.in_backward.norm
+        else:
+            norm = gradient_norm(self.parameters)
         first = self.accelerator.is_main_process
         values = self.values.clone()
         values[LOSS] = total.to(values.dtype) / self.layout.replicas
-        host = [no_memory, float(stop), seconds if first else 0.0]
+        host = [no_memory, seconds if first else 0.0, *(float(stop == number) for number in SIGNALS)]
         values[NO_MEMORY:] = torch.tensor(host, dtype=values.dtype).to(values.device, non_blocking=True)
         if self.accelerator.num_processes > 1:
             dist.all_reduce(values)
@@ -208,6 +230,8 @@ class StepRunner:
         finite = torch.isfinite(values[LOSS]) & torch.isfinite(values[NORM])
         values[BAD] = (~finite).to(values.dtype)
         found_inf = torch.maximum(self.halted, values[BAD].float())
+        if self.in_backward is not None:
+            return values
         if self.clip:
             for same in _by_mesh(self.parameters):
                 torch.nn.utils.clip_grads_with_norm_(same, self.clip, norm)

@@ -48,7 +48,7 @@ def main(report: str, folder: str, parallel: str, *given: str) -> None:
             if outcome.no_memory:
                 run.outcomes.forget()
                 step = outcome.step - 1
-                run.engine.halve(step)
+                run.engine.halve()
                 break
             losses.append(outcome.loss)
             norms.append(outcome.norm)

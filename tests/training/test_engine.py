@@ -173,7 +173,7 @@ def test_memory_that_runs_out_while_warming_up_halves_micro_batches_before_the_f
     monkeypatch.setattr(compiling, "compile_whole", lambda model, choice: model)
     run_out(monkeypatch, fits=2)
     run = Run(tiny_arguments(tmp_path, batch_size=8))
-    run.engine.warm_up(0, 6)
+    run.engine.warm_up(0)
     assert run.feed.accumulation == 4
 
 
@@ -206,7 +206,7 @@ def test_a_warm_up_changes_no_bit_of_what_follows(preset, tmp_path, monkeypatch)
         run = Run(tiny_arguments(folder, config=config, steps=3, batch_size=5, accumulation=2))
         before, chance = state_of(run), torch.get_rng_state()
         if warm:
-            run.engine.warm_up(0, 3)
+            run.engine.warm_up(0)
         run.engine.warm_up = lambda *_: None
         assert_same(state_of(run), before)
         assert torch.equal(torch.get_rng_state(), chance) and not run.optimizer.state
@@ -227,7 +227,7 @@ def test_each_shape_is_compiled_once_before_the_first_step(tmp_path, monkeypatch
     compiles(monkeypatch, counting)
     config = write_config(tmp_path, num_hidden_layers=1)
     run = Run(tiny_arguments(tmp_path, config=config, steps=4, batch_size=5, accumulation=2, evaluations=2))
-    run.engine.warm_up(0, 4)
+    run.engine.warm_up(0)
     warm = len(graphs)
     counted, given = iter([160, 150, 140, 130]), []
     monkeypatch.setattr(run.feed, "counted", lambda step: given.append(next(counted)) or given[-1])
