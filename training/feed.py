@@ -141,14 +141,16 @@ class Feed:
         return min(parts, rows // self.processes)
 
     def shapes(self, first: int) -> set[tuple[int, int]]:
-        """Windows and positions of all micro-batches from a step on, on this process."""
+        """Windows and positions of all micro-batches from a step on, of any process: all get the same."""
         found = set()
         for step in {first, *self._batches.firsts, *self._lengths.firsts}:
-            if step >= first:
-                parts, windows = self.parts_of(step), self.length // self.length_at(step)
-                mine = share(self.rows_of(step), self.rank, self.processes)
-                for part in range(parts):
-                    found.add((len(share(mine, part, parts)) * windows, self.length_at(step)))
+            if step < first:
+                continue
+            parts, length = self.parts_of(step), self.length_at(step)
+            for rank in range(self.processes):
+                mine = share(self.rows_of(step), rank, self.processes)
+                sizes = {len(share(mine, part, parts)) for part in range(parts)}
+                found |= {(rows * self.length // length, length) for rows in sizes}
         return found
 
     def counted(self, step: int) -> int:

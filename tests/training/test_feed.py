@@ -117,7 +117,7 @@ def test_a_schedule_of_batches_reads_the_rows_of_a_run_without_one(processes):
         assert feeds[0].tokens_before(step) == 8 * sum(map(len, read))
         parts = [list(feed.micro_batches(step, device)) for feed in feeds]
         assert {len(of_process) for of_process in parts} == {feeds[0].parts_of(step)}
-        shapes |= {tuple(part["input_ids"].shape) for part in parts[0]}
+        shapes |= {tuple(part["input_ids"].shape) for of_process in parts for part in of_process}
         read.append(torch.cat([part["input_ids"] for of_process in parts for part in of_process]))
         assert feeds[0].counted(step) == sum(
             int((part["labels"] != IGNORED).sum()) for of_process in parts for part in of_process
