@@ -39,6 +39,7 @@ def build_optimizer(
     *,
     momentum: float = 0.95,
     muon_features: list[str] | None = None,
+    table_scale: float = 1.0,
     weights: str = "fp32",
     moments: str = "fp32",
     seed: int = 0,
@@ -55,6 +56,8 @@ def build_optimizer(
             start have small ones of their own beside it.
         momentum: of Muon.
         muon_features: those of `muon.FEATURES` that Muon uses; default: all.
+        table_scale: factor on the rates of embeddings and head beside Muon, for another width than they were
+            found at; see `scaling.table_scale`.
         weights: "fp32" leaves parameters as they are; "bf16" and "split" make them bf16 that learns as fp32
             does, see `low_precision.py`.
         moments: "fp32" or "bf16", of the moments beside such weights; in bf16 they are rounded by chance.
@@ -77,7 +80,7 @@ def build_optimizer(
     if moments not in ("fp32", "bf16"):
         raise ValueError(f"moments must be 'fp32' or 'bf16', got '{moments}'")
     if kind == "muon":
-        groups = _muon_groups(model, learning_rate, weight_decay, momentum, features)
+        groups = _muon_groups(model, learning_rate, weight_decay, momentum, features, table_scale)
     else:
         groups = _adamw_groups(model, kind, learning_rate, weight_decay)
     dtype = torch.bfloat16 if moments == "bf16" else torch.float32
@@ -107,6 +110,7 @@ def _muon_groups(
     weight_decay: float,
     momentum: float,
     features: tuple[str, ...],
+    table_scale: float,
 ) -> list[dict]:
     scale = 1.0 if learning_rate is None else learning_rate / MATRIX_RATE
     settings = NANOCHAT_GROUPS if model.config.initializer == "nanochat" else PLAIN_GROUPS
@@ -121,6 +125,7 @@ def _muon_groups(
             group.update(features=features, parts=2 if name == "fused matrices" else 1)
         else:
             rate, betas, eps, decay = settings[name]
+            rate *= table_scale if name != "scalars" else 1.0
             group.update(kind="adamw", lr=rate, betas=betas, eps=eps, weight_decay=decay)
         group["lr"] *= scale
         groups.append(group)

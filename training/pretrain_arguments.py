@@ -249,6 +249,8 @@ class PretrainArguments:
             )
         if self.momentum_warmup_steps and self.momentum_start is None:
             raise ValueError("momentum_warmup_steps needs momentum_start, where the momentum starts")
+        if self.optimizer_in_backward and self.batch_schedule is not None:
+            raise ValueError("optimizer_in_backward needs steps of one size; leave batch_schedule out")
         if self.tokens is not None:
             self.tokens = int(self.tokens)  # 2e9 on a command line
         if self.depth is None:

@@ -90,6 +90,16 @@ def muon_rates(sizes: Sizes, tokens: float, ratio: float = MUON_RATIO, batch: fl
     return Rates(batch, MATRIX_RATE * root, MUON_DECAY * root * reference / tokens)
 
 
+def table_scale(args: PretrainArguments, config: TesseraConfig) -> float:
+    """Factor on the rates of embeddings and head beside Muon: a root of the width, as in nanochat.
+
+    With a depth alone, and for the start whose rates are nanochat's; they were found at a width of 768.
+    """
+    if args.depth is None or config.initializer != "nanochat":
+        return 1.0
+    return math.sqrt(REFERENCE_WIDTH / config.hidden_size)
+
+
 def adamw_rates(sizes: Sizes, tokens: float, batch: float | None = None) -> Rates:
     """The Step Law; arguments as in `muon_rates`."""
     best = 0.58 * tokens**0.571

@@ -102,6 +102,7 @@ def test_a_flag_takes_the_place_of_what_means_the_same_in_the_recipe(below, abov
         ({"batch_schedule": ["0:8", "0.5:many"]}, "'0.5:many' is not a share of the run and a size"),
         ({"batch_schedule": [32]}, "batch_schedule must be a text, or a list of texts .in quotes."),
         ({"batch_schedule": ["0:8"], "batch_size": 16}, "goes up to 8, and batch_size says 16"),
+        ({"batch_schedule": ["0:8"], "optimizer_in_backward": True}, "needs steps of one size"),
         ({"tensor_parallel": 0}, "tensor_parallel must be at least 1, got 0"),
         ({"data_file": ["a", 1]}, "data_file must be a text, or a list of texts"),
         ({"packing": "first-fit"}, "packing must be 'contiguous' or 'best-fit', got 'first-fit'"),

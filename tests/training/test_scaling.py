@@ -9,10 +9,11 @@ import yaml
 from helpers.models import tiny_config
 from helpers.runs import tiny_arguments, write_text
 
-from tessera import TesseraConfig, cli
+from tessera import TesseraConfig, TesseraForCausalLM, cli
 from tessera.configs.presets import preset_names, scale_to_depth
 from tessera.modeling.accounting import count_costs
 from tessera.training.inputs import read_model_config
+from tessera.training.optimizers import build_optimizer
 from tessera.training.pretrain import Run
 from tessera.training.pretrain_arguments import PretrainArguments, gather_arguments
 from tessera.training.scaling import (
@@ -22,6 +23,7 @@ from tessera.training.scaling import (
     measure,
     muon_rates,
     scale_arguments,
+    table_scale,
 )
 
 # depth, tokens a parameter -> parameters of layers and head, tokens, batch, steps, factor on rates, weight
@@ -117,6 +119,20 @@ def test_every_preset_has_a_dial_that_its_own_depth_leaves_alone(name):
     assert batches == sorted(batches)
     rates = [adamw_rates(one, 20 * one.parameters).learning_rate for one in sizes]
     assert rates == sorted(rates, reverse=True)
+
+
+def test_tables_learn_with_a_root_of_the_width_beside_a_depth():
+    config = tiny_config("nanochat-tiny")
+    model, rates = TesseraForCausalLM(config), {}
+    for depth in (None, config.num_hidden_layers):
+        optimizer = build_optimizer(model, table_scale=table_scale(told(depth=depth), config))
+        rates[depth] = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    factor = (config.hidden_size / 768) ** -0.5
+    for name, rate in rates[None].items():
+        scaled = name in ("embeddings", "value embeddings", "head")
+        assert rates[config.num_hidden_layers][name] == pytest.approx(rate * (factor if scaled else 1))
+    assert table_scale(told(depth=3), tiny_config("llama-tiny")) == 1
+    assert table_scale(told(depth=12), TesseraConfig.from_preset("nanochat-d12")) == 1
 
 
 def test_latent_attention_and_experts_keep_their_proportions():
