@@ -43,7 +43,10 @@ def gather_state(
         keys = list(dict.fromkeys(f for one in everyone for f in one if f.rsplit(":", 1)[0] == name))
         for full in keys:
             value = optimizer.state.get(p, {}).get(full.rsplit(":", 1)[1])
-            value = _whole(p, value, full, everyone)
+            bits = value is not None and value.dtype is torch.int16  # on every process, if on any
+            # Neither gloo nor NCCL knows 16-bit integers; as bf16 their bits travel unchanged.
+            value = _whole(p, value.view(torch.bfloat16) if bits else value, full, everyone)
+            value = value.view(torch.int16) if bits else value
             if everywhere or rank == 0:
                 result[full] = value.detach().to("cpu", copy=True).contiguous()
     return result
