@@ -23,8 +23,9 @@ class Costs:
         parameters: all of them; a tied head counts once.
         active: those that one token uses, with K of E routed experts.
         embedding: tables that are looked up and not multiplied with: tokens, positions, value embeddings.
-        training_flops: per token, forward and backward at the longest context; a multiply-add is two
-            operations, attention is causal and counted where it sees, recomputation is not counted.
+        training_flops: per token, forward and backward at the longest context or at the length asked for; a
+            multiply-add is two operations, attention is causal and counted where it sees, recomputation is
+            not counted.
         cache_bytes: per token and sequence in bf16, over all layers; sliding layers stop growing at their
             window.
     """
@@ -36,8 +37,13 @@ class Costs:
     cache_bytes: int
 
 
-def count_costs(config: TesseraConfig) -> Costs:
-    """Counts the costs of a configuration; nothing is allocated."""
+def count_costs(config: TesseraConfig, length: int | None = None) -> Costs:
+    """Counts the costs of a configuration; nothing is allocated.
+
+    Args:
+        config: the model.
+        length: tokens in a row; default: the model's context.
+    """
     with torch.device("meta"):
         model = TesseraForCausalLM(config)
     total = model.num_parameters()
@@ -55,13 +61,14 @@ def count_costs(config: TesseraConfig) -> Costs:
     ahead = config.num_mtp_layers if config.train_mtp else 0
     multiplied += ahead * model.lm_head.weight.numel()
     kinds = [config.attention_kind(i) for i in range(config.num_hidden_layers + ahead)]
-    forward = 2 * multiplied + sum(_attention_flops(config, kind) for kind in kinds)
+    context = config.max_position_embeddings if length is None else length
+    forward = 2 * multiplied + sum(attention_flops(config, kind, context) for kind in kinds)
     return Costs(total, total - idle, embedding, 3 * forward, _cache_bytes(config))
 
 
-def _attention_flops(config: TesseraConfig, kind: str) -> int:
-    """Forward operations of scores and weighted values for one token, on average over a context."""
-    context = config.max_position_embeddings
+def attention_flops(config: TesseraConfig, kind: str, context: int) -> int:
+    """Forward operations of scores and weighted values for one token in a layer of a kind, on average over
+    a context."""
     window = min(config.sliding_window, context) if kind == "sliding_attention" else context
     # Position t sees min(t + 1, window) positions.
     seen = (window * (window + 1) / 2 + (context - window) * window) / context

@@ -19,6 +19,7 @@ from tessera.commands import (
     data,
     evaluate,
     hub,
+    plan,
     post_training,
     presets,
     pretrain,
@@ -30,7 +31,7 @@ from tessera.commands import (
 # heading -> commands, in the order of a model's life
 CHAIN = {
     "Text to tokens": ("tokenizer", "data"),
-    "Tokens to a base model": ("presets", "pretrain", "demo"),
+    "Tokens to a base model": ("presets", "plan", "pretrain", "demo"),
     "A base model to one that answers": ("sft", "dpo", "grpo"),
     "How good it is": ("eval",),
     "Use it": ("generate", "chat", "serve"),
@@ -90,6 +91,7 @@ app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(data.app, name="data")
 for name, command in {
     "presets": presets.presets,
+    "plan": plan.plan,
     "pretrain": pretrain.pretrain,
     "demo": pretrain.demo,
     "sft": post_training.sft,
