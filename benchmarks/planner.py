@@ -2,17 +2,20 @@
 
     python benchmarks/planner.py [--only llama-100m nanochat-d12] [--json planner.json] [--tiny]
 
-Each case runs the training step of `tessera pretrain` on random tokens: micro-batches forward and backward
-under autocast, the norm clipped, the optimizer's step; compiled except where a row says eager. Peak memory is
-what the allocator had handed out at most in a step; tokens per second are of the median step. `--json` also
-keeps peaks of the step's phases, milliseconds by kind of kernel, and the rates of the card's own probes, from
-which the constants in `training/planner.py` were taken.
+All cases compile side by side, each in a process, and are measured one by one: the training step of `tessera
+pretrain` on random tokens, micro-batches forward and backward under autocast, the norm clipped, the update;
+compiled except where a row says eager. Peak memory is what the allocator had handed out at most in a step;
+tokens per second are of the median step. Predicted are both from the card's sheet, and from its own probes as
+`tessera plan --gpu here` makes them. `--json` also keeps peaks of the step's phases and milliseconds by kind
+of kernel, from which the constants in `training/throughput.py` were taken (rows that say "fitted").
 """
 
 import argparse
-import gc
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -21,7 +24,10 @@ import torch
 import transformers
 
 from tessera import TesseraConfig, TesseraForCausalLM
+from tessera.training.cards import CARDS
+from tessera.training.memory import Setup, estimate_memory, take_inventory
 from tessera.training.optimizers import build_optimizer
+from tessera.training.throughput import estimate_times, rates_here, rates_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Case:
     compiled: bool = True
     every: int = 0  # layers are checkpointed; 0 for none
     fields: tuple = ()  # laid over the preset
-    used: bool = True  # whether constants were fitted to it
+    used: bool = False  # whether constants were fitted to it
 
 
 MEDIUM = (("hidden_size", 1024), ("num_hidden_layers", 24), ("num_attention_heads", 16))
@@ -48,8 +54,8 @@ SMALL = (("hidden_size", 512), ("num_hidden_layers", 8), ("num_attention_heads",
 
 # In the order of what they tell.
 CASES = (
-    Case("llama-100m", "llama-100m", 16, 2048, accumulation=2),
-    Case("nanochat-d12", "nanochat-d12", 16, 2048, "muon"),
+    Case("llama-100m", "llama-100m", 16, 2048, accumulation=2, used=True),
+    Case("nanochat-d12", "nanochat-d12", 16, 2048, "muon", used=True),
     Case("bytegpt", "bytegpt", 32, 1024, accumulation=2),
     Case("gpt2-124m", "gpt2-124m", 30, 1024),
     Case("llama-1.1b", "llama-100m", 4, 4096, weights="bf16", fields=LARGE + LARGE_GROUPS),
@@ -141,12 +147,8 @@ class Step:
         torch.cuda.reset_peak_memory_stats()
 
 
-def measure(case: Case, device: str, seconds: float, tiny: bool) -> dict:
+def measure(step: Step, seconds: float) -> dict:
     """Peak memory, tokens per second, and where both go."""
-    step = Step(case, device, tiny)
-    start = time.perf_counter()
-    loss = step().item()
-    first = time.perf_counter() - start
     start = time.perf_counter()
     for _ in range(2):
         step()
@@ -159,11 +161,11 @@ def measure(case: Case, device: str, seconds: float, tiny: bool) -> dict:
         torch.cuda.reset_peak_memory_stats()
     times = _step_times(step, steps)
     row = {
-        **asdict(case),
+        **asdict(step.case),
+        "micro": step.micro,
+        "length": step.length,
         "parameters": step.model.num_parameters(),
         "config": step.model.config.to_diff_dict(),
-        "first_loss": loss,
-        "first_step_s": first,
         "step_ms": 1e3 * statistics.median(times),
         "tokens_per_s": step.tokens / statistics.median(times),
     }
@@ -220,46 +222,134 @@ def _step_times(step: Step, steps: int) -> list[float]:
     return [a.elapsed_time(b) / 1e3 for a, b in zip(events[:-1], events[1:], strict=True)]
 
 
+def predict(row: dict, device: str) -> dict:
+    """What the planner says of a case, from the card's sheet and from its probes."""
+    known = {"transformers_version", "model_type", "dtype", "architectures"}
+    config = TesseraConfig(**{name: value for name, value in row["config"].items() if name not in known})
+    setup = Setup(
+        config,
+        row["micro"],
+        row["micro"] * row["accumulation"],
+        row["length"],
+        optimizer=row["optimizer"],
+        weights=row["weights"],
+        compiled=row["compiled"],
+        checkpoint_every=row["every"],
+        narrow_moments=row["weights"] == "bf16",
+    )
+    inventory = take_inventory(config)
+    memory = estimate_memory(setup, inventory)
+    predicted = {"peak_GiB": memory.peak / 2**30, "moments": memory.moments, "parts": memory.parts}
+    rates = {"sheet": rates_of(CARDS["h200"], "bf16")}
+    if device == "cuda":
+        rates["probed"] = rates_here(torch.device("cuda", torch.cuda.current_device()), "bf16", 1e12)
+    for name, these in rates.items():
+        times = estimate_times(setup, inventory, these)
+        predicted[f"seconds_{name}"] = times.parts
+        predicted[f"tokens_per_s_{name}"] = setup.tokens * setup.accumulation / times.step
+    return predicted
+
+
+def _wait_and_measure(case: Case, args: argparse.Namespace, device: str) -> None:
+    """One case in a process of its own: compiles, says so, measures when it is told to."""
+    step = Step(case, device, args.tiny)
+    start = time.perf_counter()
+    loss = _first_loss(step)
+    first = time.perf_counter() - start
+    if step.cuda:
+        torch.cuda.empty_cache()
+    print("READY", flush=True)
+    sys.stdin.readline()
+    row = measure(step, args.seconds) | {"first_loss": loss, "first_step_s": first}
+    print("ROW " + json.dumps(row), flush=True)
+
+
+def _first_loss(step: Step) -> float:
+    """Compiles; waits while the first steps of others take the memory."""
+    for _ in range(20):
+        try:
+            return step().item()
+        except torch.OutOfMemoryError:
+            step.optimizer.zero_grad()
+            torch.cuda.empty_cache()
+            time.sleep(3)
+    raise SystemExit(f"{step.case.name}: there is not enough memory beside the other cases")
+
+
 def main() -> None:
-    """Prints a row for each case."""
+    """Prints predicted and measured for each case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=[case.name for case in CASES])
+    names = [case.name for case in CASES]
+    parser.add_argument("--only", nargs="+", choices=names)
     parser.add_argument("--seconds", type=float, default=2.0, help="of timed steps for each case")
-    parser.add_argument("--seconds-budget", type=float, default=1e9, help="no case starts after so long")
+    parser.add_argument("--seconds-budget", type=float, default=1e9, help="what is not compiled then is left")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that it runs")
     parser.add_argument("--json", help="file for the rows")
+    parser.add_argument("--case", choices=names, help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.case:
+        _wait_and_measure(next(case for case in CASES if case.name == args.case), args, device)
+        return
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
-    print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
     start, rows = time.perf_counter(), []
-    if args.tiny and device == "cpu":
-        torch.set_num_threads(1)
+    processes = {}
     for case in CASES:
         if args.only and case.name not in args.only:
             continue
-        if time.perf_counter() - start > args.seconds_budget:
-            print(f"{case.name}: not run, the budget of {args.seconds_budget:g} s is over")
-            continue
-        try:
-            row = measure(case, device, args.seconds, args.tiny)
-        except torch.OutOfMemoryError as error:
-            print(f"{case.name}: out of memory ({str(error).splitlines()[0]})")
-            continue
-        finally:
-            gc.collect()
-            if device == "cuda":
-                torch.cuda.empty_cache()
-        rows.append(row)
-        print(
-            f"{case.name:22} {row['parameters'] / 1e6:7.1f}M  {row['step_ms']:8.1f} ms  "
-            f"{row['tokens_per_s']:10,.0f} tokens/s  {row.get('peak_GiB', float('nan')):7.2f} GiB  "
-            f"first {row['first_step_s']:5.1f} s  {row.get('kernels_ms', '')} {row.get('phases', '')}",
-            flush=True,
+        command = [sys.executable, __file__, "--case", case.name, "--seconds", str(args.seconds)]
+        processes[case.name] = subprocess.Popen(
+            command + ["--tiny"] * args.tiny,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "4"},
         )
+    # They compile side by side and are measured one by one, when no other is at work.
+    ready = {name: _wait_for(process, "READY") for name, process in processes.items()}
+    print(f"compiled after {time.perf_counter() - start:.0f} s", flush=True)
+    for name, process in processes.items():
+        late = time.perf_counter() - start > args.seconds_budget
+        if ready[name] is None or late:
+            print(f"{name}: {'no time left' if late else 'failed; see its error above'}", flush=True)
+            process.kill()
+            continue
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        line = _wait_for(process, "ROW ")
+        process.wait()
+        if line is None:
+            print(f"{name}: failed; see its error above", flush=True)
+            continue
+        row = json.loads(line.removeprefix("ROW "))
+        row["predicted"] = predicted = predict(row, device)
+        rows.append(row)
+        print(_line(row, predicted), flush=True)
         if args.json:  # after each: a run that is cut short keeps what it has
             with open(args.json, "w", encoding="utf-8") as file:
-                json.dump({"device": name, "torch": torch.__version__, "rows": rows}, file, indent=1)
+                json.dump({"torch": torch.__version__, "rows": rows}, file, indent=1)
+
+
+def _wait_for(process: subprocess.Popen, start: str) -> str | None:
+    """The next line of a process that starts so; None if it ends before."""
+    for line in process.stdout:
+        if line.startswith(start):
+            return line
+    return None
+
+
+def _line(row: dict, predicted: dict) -> str:
+    peak, speed = row.get("peak_GiB", float("nan")), row["tokens_per_s"]
+    text = (
+        f"{row['name']:22} {row['parameters'] / 1e6:7.1f}M {'fitted' if row['used'] else 'unseen'}  "
+        f"GiB {predicted['peak_GiB']:6.2f} / {peak:6.2f} = {predicted['peak_GiB'] / peak:.3f}  tokens/s "
+    )
+    for name in ("sheet", "probed"):
+        if f"tokens_per_s_{name}" in predicted:
+            guess = predicted[f"tokens_per_s_{name}"]
+            text += f" {name} {guess:9,.0f} / {speed:9,.0f} = {guess / speed:.3f}"
+    return f"{text}  {row['step_ms']:.1f} ms  {row.get('kernels_ms', '')} {row.get('phases', '')}"
 
 
 if __name__ == "__main__":

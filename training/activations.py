@@ -58,11 +58,11 @@ def kept_around_layers(config: TesseraConfig, how: Arithmetic) -> float:
     """Bytes for each token that are kept before the first layer and after the last: ids, embeddings, norm,
     and the gradient of the last hidden states, which the loss leaves."""
     width = config.hidden_size
-    kept = INDEX + 2 * how.stream * width + how.product * width
-    if config.embedding_norm:
-        kept += how.stream * width
-    if config.smear:
-        kept += how.stream * width
+    kept = INDEX + how.stream * width + FLOAT + how.product * width
+    if config.embedding_norm or config.smear:
+        kept += how.stream * width + FLOAT  # the embedding as it was looked up
+    if config.smear and not how.casts:
+        kept += how.product * width  # its gate reads a few channels, of which the whole is kept
     return kept
 
 
@@ -99,8 +99,8 @@ def _enters(config: TesseraConfig, how: Arithmetic, readers: int) -> float:
 def _attention(config: TesseraConfig, index: int, how: Arithmetic) -> float:
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     query, key = heads * config.head_dim, groups * config.head_dim
-    # Queries, keys, values, the output as the kernel wrote it and as the next product reads it, normalizers.
-    kept = how.product * (3 * query + 2 * key) + FLOAT * heads
+    # Queries, keys, values, the output, and the normalizers.
+    kept = how.product * 2 * (query + key) + FLOAT * heads
     if config.qk_norm is not None:
         # Rotated with cosines of the stream's dtype.
         wide = how.stream if config.qk_norm == "after_rope" else how.product
@@ -118,7 +118,7 @@ def _latent_attention(config: TesseraConfig, how: Arithmetic) -> float:
     heads = config.num_attention_heads
     both, value = config.qk_head_dim, config.v_head_dim
     # Values are a view of the product that made them and the keys.
-    kept = how.product * heads * (2 * both + config.qk_nope_head_dim + value + 2 * value) + FLOAT * heads
+    kept = how.product * heads * (2 * both + config.qk_nope_head_dim + 2 * value) + FLOAT * heads
     # The latent as it was projected, with the shared key beside it, and normed.
     kept += how.product * (2 * config.kv_lora_rank + config.qk_rope_head_dim) + FLOAT
     if config.q_lora_rank is not None:
@@ -134,13 +134,13 @@ def _mlp(config: TesseraConfig, width: int, how: Arithmetic) -> float:
 
 
 def _experts(config: TesseraConfig, how: Arithmetic) -> float:
-    """Rows gathered for the chosen experts, what is between their products, and what comes out; the router's
-    scores and the order of the rows."""
+    """Rows gathered for the chosen experts and what is between their products; the router's scores and the
+    order of the rows."""
     chosen, inner = config.num_experts_per_tok, config.moe_intermediate_size
     between = (3 if config.gated_mlp else 2) * inner
     if config.gated_mlp and not how.compiled:
         between += inner
-    rows = how.product * chosen * (2 * config.hidden_size + between)
+    rows = how.product * chosen * (config.hidden_size + between)
     router = 3 * FLOAT * config.n_routed_experts + chosen * (4 * INDEX + FLOAT)
     if not how.casts:
         router += FLOAT * config.hidden_size  # its input is fp32 whatever the rest is

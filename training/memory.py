@@ -14,7 +14,7 @@ from torch import nn
 from tessera.modeling.configuration_tessera import TesseraConfig
 from tessera.modeling.feed_forward import TesseraExperts, TesseraRouter, TesseraUngatedExperts
 from tessera.modeling.layers import TesseraGate
-from tessera.modeling.loss import FEWEST_TOKENS, LOGITS_AT_A_TIME
+from tessera.modeling.loss import FEWEST_TOKENS, LARGE_HEAD, LOGITS_AT_A_TIME, WIDE
 from tessera.modeling.modeling_tessera import TesseraForCausalLM
 
 from .activations import (
@@ -200,8 +200,10 @@ def estimate_memory(setup: Setup, inventory: Inventory | None = None) -> Memory:
     around = tokens * kept_around_layers(config, how)
     rows, width = inventory.head
     head = rows * width
-    at_a_time = min(tokens, max(FEWEST_TOKENS, LOGITS_AT_A_TIME // rows))
-    gradient = how.product * head  # of the head's weight, kept until the backward pass reaches it
+    logits = LOGITS_AT_A_TIME if width < WIDE else LOGITS_AT_A_TIME // 2
+    at_a_time = min(tokens, max(FEWEST_TOKENS, logits // rows))
+    summed = how.product if not how.casts and head >= LARGE_HEAD else 4
+    gradient = setup.weight_bytes * head  # of the head's weight, kept until the backward pass reaches it
     copies = how.product * inventory.multiplied if how.casts else 0
     if setup.sharded:
         # Of two layers at a time the whole weights are there.
@@ -224,7 +226,7 @@ def estimate_memory(setup: Setup, inventory: Inventory | None = None) -> Memory:
             **common,
             "gradients": earlier,
             "loss and logits": how.product * at_a_time * rows
-            + (4 + how.product) * head
+            + (summed + how.stream) * head
             + (how.product * head if how.casts else 0),
         },
         "backward": {

@@ -29,14 +29,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # the stream's dtype (norms, residual sums), those in that of the products (rotations, copies to and from the
 # attention kernels, gradients of the products' inputs), and for each that is between two products.
 STREAM_NUMBERS = 27
-PRODUCT_NUMBERS = 17.5
+PRODUCT_NUMBERS = 13.5
 NORMED_HEADS_NUMBERS = 15  # more with norms on queries and keys
 SCALARS_NUMBERS = 8  # more with factors on the residual stream
 GATED_NUMBERS, PLAIN_NUMBERS = 8, 5
-ROW_NUMBERS = 32  # for each number of a row that is gathered for an expert
+ROW_NUMBERS = 18  # for each number of a row that is gathered for an expert
 EAGER = 2.5  # times the numbers of a compiled step: nothing is fused
 # Bytes for each logit beside the head's products, in bf16; tanh of a soft-cap is not free.
-LOGIT_BYTES, SOFTCAP_BYTES = 8.6, 6.0
+LOGIT_BYTES, SOFTCAP_BYTES = 5.0, 0.5
 # Of the time that a product's operands take to move, what it does not hide; and its time in a step, where
 # some of them are still in the cache, against that of a probe.
 PRODUCT_BYTES = 0.34
