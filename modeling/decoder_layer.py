@@ -54,7 +54,9 @@ class TesseraDecoderLayer(GradientCheckpointingLayer):
         `output_router_logits` also the logits [B T, E] of its router, None in a dense layer.
         """
         if self.residual_scale is not None:
-            hidden_states = self.residual_scale * hidden_states + self.embedding_scale * embedded
+            # Without a dimension of their own: fp32 scalars leave a bf16 stream what it is.
+            kept, again = self.residual_scale.squeeze(0), self.embedding_scale.squeeze(0)
+            hidden_states = kept * hidden_states + again * embedded
         branch, _ = self.self_attn(
             self.input_layernorm(hidden_states),
             position_embeddings=position_embeddings,
@@ -64,13 +66,13 @@ class TesseraDecoderLayer(GradientCheckpointingLayer):
             input_ids=input_ids,
             **kwargs,
         )
-        hidden_states = hidden_states + self.dropout(branch)
+        hidden_states = hidden_states + self.dropout(branch).to(hidden_states.dtype)
         normed, router_logits = self.post_attention_layernorm(hidden_states), None
         if self.is_sparse:
             branch, router_logits = self.mlp(normed, token_mask)
         else:
             branch = self.mlp(normed)
-        hidden_states = hidden_states + self.dropout(branch)
+        hidden_states = hidden_states + self.dropout(branch).to(hidden_states.dtype)
         return (hidden_states, router_logits) if output_router_logits else hidden_states
 
 

@@ -292,7 +292,7 @@ class TesseraModel(TesseraPreTrainedModel):
             if i == self.config.num_hidden_layers // 2:
                 middle = x
         if self.backout_scale is not None:
-            x = x - self.backout_scale * middle
+            x = x - self.backout_scale.squeeze(0) * middle
         mtp_inputs = None
         if keep_mtp_inputs:
             mtp_inputs = {
@@ -316,7 +316,7 @@ class TesseraModel(TesseraPreTrainedModel):
             embeds = embeds + self._learned_positions(positions)
         if self.embed_norm is not None:
             embeds = self.embed_norm(embeds)
-        return self.dropout(embeds)
+        return _as_products(self.dropout(embeds))
 
     def _count_positions(
         self, embeds: torch.Tensor, attention_mask: torch.Tensor | dict | None, cache: Cache | None
@@ -335,6 +335,18 @@ class TesseraModel(TesseraPreTrainedModel):
             rows = self.config.max_position_embeddings
             raise ValueError(f"position {int(positions.max())} is past the {rows} learned positions")
         return self.embed_positions(positions)
+
+
+def _as_products(embeds: torch.Tensor) -> torch.Tensor:
+    """Embeddings of fp32 weights in bf16 where autocast makes the products in it.
+
+    What enters the residual stream decides its dtype; in fp32 it would double the bytes that norms and sums
+    move and that backward keeps. fp16 has too little range for it.
+    """
+    device = embeds.device.type
+    if embeds.dtype != torch.float32 or not torch.is_autocast_enabled(device):
+        return embeds
+    return embeds.bfloat16() if torch.get_autocast_dtype(device) == torch.bfloat16 else embeds
 
 
 class TesseraForCausalLM(TesseraLosses, TesseraContinuousBatching, TesseraPreTrainedModel, GenerationMixin):

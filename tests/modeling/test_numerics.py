@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.models import tiny_config, tiny_model
+from helpers.models import EVERY_MODEL, tiny_config, tiny_model
 from torch.nn import functional as F
 
 from tessera import TesseraForCausalLM
@@ -144,3 +144,17 @@ def test_bf16_stays_near_fp32(name):
     rough.load_state_dict(exact.state_dict())
     error = (rough.eval()(tokens()).logits.float() - exact(tokens()).logits).abs()
     assert error.median() < 0.02 * exact(tokens()).logits.std()
+
+
+@pytest.mark.parametrize("name", EVERY_MODEL)
+def test_under_autocast_the_residual_stream_of_fp32_weights_is_bf16(name):
+    model = tiny_model(name).train()
+    ids = torch.randint(0, 250, (2, 24), generator=torch.Generator().manual_seed(1))
+    expected = model(input_ids=ids, labels=ids).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(input_ids=ids, labels=ids, output_hidden_states=True)
+    # The last is that after the final norm, whose weight is fp32.
+    assert {x.dtype for x in out.hidden_states[:-1]} == {torch.bfloat16}
+    torch.testing.assert_close(out.loss, expected, rtol=0.02, atol=0)
+    out.loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
