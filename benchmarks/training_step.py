@@ -1,7 +1,7 @@
 """Training step: Tessera against its peers' own classes of the same shape, compiled, in one process.
 
     python benchmarks/training_step.py [--shapes llama-135m llama-1.1b moe-688m]
-        [--precisions bf16 amp master] [--nanochat DIR] [--profile] [--tiny]
+        [--precisions bf16 amp split] [--nanochat DIR] [--profile] [--tiny]
 
 Random tokens, `torch.compile(model, dynamic=False)` except where a row says eager. Both sides start from the
 same weights: a first loss that differs by more than 1 % ends the run. Median of the timed steps, peak memory
@@ -9,10 +9,10 @@ of those steps, and the optimizer's step alone.
 
 The peers are `LlamaForCausalLM` and `DeepseekV3ForCausalLM` (experts by grouped_mm) as transformers ships
 them, with fused AdamW on both sides. Precisions: `bf16` has bf16 weights, gradients and moments; `amp` fp32
-weights under autocast, with fp32 moments; `master` (ours alone, compared with the peer's amp) bf16 weights
-with fp32 masters and moments in the optimizer, which is the same arithmetic but for the norms. The shapes
-nanochat-d12 and nanochat-d12-windows need a checkout of nanochat: its GPT with the optimizer that it sets up
-(fp32 matrices that it casts, bf16 embeddings) against the preset with ours.
+weights under autocast, with fp32 moments; `split` (ours alone, compared with the peer's amp) bf16 weights
+whose missing bits the optimizer keeps, with fp32 moments: the same updates, by the package's own optimizer.
+The shapes nanochat-d12 and nanochat-d12-windows need a checkout of nanochat: its GPT with the optimizer that
+it sets up (fp32 matrices that it casts, bf16 embeddings) against the preset with ours.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig
 from tessera import TesseraConfig
 from tessera.training.optimizers import build_optimizer
 
-PRECISIONS = ("bf16", "amp", "master")
+PRECISIONS = ("bf16", "amp", "split")
 # Letters of nanochat's windows: full attention in each layer, and its own default.
 NANOCHAT = {"nanochat-d12": "L", "nanochat-d12-windows": "SSSL"}
 
@@ -131,32 +131,12 @@ def configurations(fields: dict):
     return peer, TesseraConfig(**fields, **common, rms_norm_eps=peer.rms_norm_eps)
 
 
-class MasterAdamW:
-    """Fused AdamW on fp32 copies of bf16 weights, which it rounds back into the model."""
-
-    def __init__(self, params, **kwargs):
-        self.params = list(params)
-        self.masters = [nn.Parameter(p.detach().float()) for p in self.params]
-        self.optimizer = torch.optim.AdamW(self.masters, **kwargs)
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for master, p in zip(self.masters, self.params, strict=True):
-            master.grad = None if p.grad is None else p.grad.float()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        torch._foreach_copy_(self.params, self.masters)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for p in self.params:
-            p.grad = None
-
-
-def adamw(model: nn.Module, precision: str):
-    """Fused AdamW over all weights, as every row but nanochat's has it."""
-    kind = MasterAdamW if precision == "master" else torch.optim.AdamW
+def adamw(model: nn.Module, precision: str) -> torch.optim.Optimizer:
+    """Fused AdamW over all weights; for split weights the package's own."""
+    if precision == "split":
+        return build_optimizer(model, "adamw", 1e-4, weight_decay=0.1, weights="split")
     fused = next(model.parameters()).is_cuda
-    return kind(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
 
 
 def compile_model(model: nn.Module):
@@ -317,22 +297,23 @@ def add_transformers_shape(
     def make(config, precision):
         def build(compiled):
             with torch.device(device):
-                dtype = torch.float32 if precision == "amp" else torch.bfloat16
+                dtype = torch.bfloat16 if precision == "bf16" else torch.float32
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
             model.load_state_dict(start)
+            optimizer = adamw(model, precision)
             forward = compile_model(model) if compiled else model
 
             def loss_of(ids):
                 ids = ids[:, :-1]
                 return forward(input_ids=ids, labels=ids, use_cache=False).loss
 
-            return model, adamw(model, precision), loss_of
+            return model, optimizer, loss_of
 
         return build
 
     sizes = batch, length
     for precision in precisions:
-        if precision != "master" and not ours_only:
+        if precision != "split" and not ours_only:
             table.add(shape, "transformers", precision, True, sizes, make(peer_config, precision))
             if with_eager and precision == "bf16":
                 table.add(shape, "transformers", precision, False, sizes, make(peer_config, precision))
@@ -368,9 +349,11 @@ def add_nanochat_shape(
     def make(precision):
         def build(compiled):
             with torch.device(device):
-                dtype = torch.float32 if precision == "amp" else torch.bfloat16
+                dtype = torch.bfloat16 if precision == "bf16" else torch.float32
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
             model.load_state_dict(weights)
+            kept = "split" if precision == "split" else "fp32"
+            optimizer = build_optimizer(model, "muon", weights=kept)
             forward = compile_model(model)
 
             def loss_of(ids):
@@ -379,15 +362,14 @@ def add_nanochat_shape(
                     input_ids=ids[:, :-1].contiguous(), labels=shifted, shift_labels=shifted, use_cache=False
                 ).loss
 
-            return model, build_optimizer(model, "muon"), loss_of
+            return model, optimizer, loss_of
 
         return build
 
     if not ours_only:
         table.add(shape, "nanochat", "own", True, (batch, length), make_peer)
     for precision in precisions:
-        if precision != "master":
-            table.add(shape, "tessera", precision, True, (batch, length), make(precision))
+        table.add(shape, "tessera", precision, True, (batch, length), make(precision))
     table.compare(shape)
 
 
