@@ -279,13 +279,16 @@ class Engine:
 
     def state(self) -> dict:
         """What a checkpoint needs beside model and optimizer, as JSON."""
-        scaler = self.accelerator.scaler
-        return {} if scaler is None else {"scaler": scaler.state_dict()}
+        scaler, updates = self.accelerator.scaler, self.optimizer.in_backward
+        values = {} if scaler is None else {"scaler": scaler.state_dict()}
+        return values if updates is None else values | {"gradient_norm": updates.norm.item()}
 
     def restore(self, state: dict) -> None:
         """Takes `state` up again."""
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.optimizer.in_backward is not None and "gradient_norm" in state:
+            self.optimizer.in_backward.clip_by(state["gradient_norm"])
         self.rows.forget()
         self.runner.resume()
 

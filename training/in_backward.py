@@ -55,7 +55,7 @@ class InBackward:
                 "backward pass; choose --optimizer adamw, or one process"
             )
         self.optimizer, self.clip, self._groups = optimizer, clip, groups
-        self.norm: torch.Tensor | None = None
+        self.norm = torch.zeros((), device=local(next(iter(groups))).device)
         self._squares: dict[torch.device, torch.Tensor] = {}
         self._factor: torch.Tensor | None = None
         self._hooks = [p.register_post_accumulate_grad_hook(self._update) for p in groups]
@@ -79,15 +79,20 @@ class InBackward:
         self.optimizer.step_alone(p, self._groups[p], found_inf)
         p.grad = None
 
-    def finish(self) -> None:
-        """Ends a step: the norm is known, and the next one is clipped by it."""
+    def finish(self) -> torch.Tensor:
+        """Ends a step: its norm is known and comes back, and the next one is clipped by it."""
         if not self._squares:
-            return
+            return self.norm
         total = sum(square.to(next(iter(self._squares.values())).device) for square in self._squares.values())
         if any(isinstance(p, DTensor) for p in self._groups):
             dist.all_reduce(total)
-        self.norm = total.sqrt()
         self._squares.clear()
+        self.clip_by(total.sqrt())
+        return self.norm
+
+    def clip_by(self, norm: torch.Tensor | float) -> None:
+        """Takes a norm for that of the step before."""
+        self.norm = torch.as_tensor(norm, device=self.norm.device)
         if self.clip:
             factor = (self.clip / (self.norm + 1e-6)).clamp(max=1.0)
             self._factor = torch.where(self.norm.isfinite(), factor, 1.0)

@@ -28,14 +28,15 @@ NUMBERS_AT_ONCE = 2**28  # and workspace: half a GiB in bf16
 
 @dataclass
 class Batch:
-    """Parameters of one shape, their layout, and for each its owner's rank in `process_group`."""
+    """Parameters of one shape, their layout, and for each its owner's rank in `process_group`; `stacks` are
+    tensors of which the states of the parameters are views."""
 
     params: list[nn.Parameter]
     group: dict
     layout: str
     process_group: dist.ProcessGroup | None = None
     owners: list[int] = field(default_factory=list)
-    second: torch.Tensor | None = None
+    stacks: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:

@@ -29,7 +29,7 @@ from .matrix_batches import (
     part_of,
 )
 
-SMALL = 2**21  # numbers in a batch under which copies into one stack cost less than a kernel for each matrix
+SMALL = 2**25  # numbers in a batch under which copies into one stack cost less than a kernel for each matrix
 COMPILED_FROM = 2**20  # numbers in all matrices under which compiling is not worth the wait
 
 
@@ -420,18 +420,20 @@ class _MuonJob:
         grads = [local(p.grad) for p in batch.params]
         if not weights[0].numel():
             return
-        buffers = self._state("momentum_buffer", places)
         second = self._stacked_second(list(places))
         narrow = self.optimizer._narrow(batch.params[0])
         small = self.compiled and not narrow and len(weights) * weights[0].numel() <= SMALL
         keys, steps = self._chances()
         remainders = self._state("remainder", places)
         firsts = [first_of(p) for p in batch.params]
-        apart = weights, buffers
+        apart = weights
         if small:
-            weights, grads, buffers = ([torch.stack(each)] for each in (weights, grads, buffers))
+            weights, grads = [torch.stack(weights)], [torch.stack(grads)]
+            buffers = [self._stack("momentum_buffer", places)]
             remainders, keys, steps, firsts = [None], [None], [None], [0]
-        program = self._program(_update, len(weights))
+        else:
+            buffers = self._state("momentum_buffer", places)
+        program = self._program(_update, (len(apart), small))
         program(
             weights,
             grads,
@@ -453,26 +455,25 @@ class _MuonJob:
             firsts=firsts,
         )
         if small:
-            torch._foreach_copy_(apart[0], list(weights[0].unbind(0)))
-            torch._foreach_copy_(apart[1], list(buffers[0].unbind(0)))
+            torch._foreach_copy_(apart, list(weights[0].unbind(0)))
 
     def _stacked_second(self, places: list[int]) -> torch.Tensor | None:
-        """[matrices, m or 1, 1 or n], of which the parameters' states are views."""
-        if not self.normuon:
-            return None
-        states = [self.optimizer.state[self.batch.params[i]] for i in places]
-        stack = self.batch.second
-        for i, state in enumerate(states):
-            at = None if stack is None or len(stack) != len(states) else stack[i]
-            if at is None or state["second_moment"].data_ptr() != at.data_ptr():
-                stack = torch.stack([state["second_moment"] for state in states])
-                for state, one in zip(states, stack.unbind(0), strict=True):
-                    state["second_moment"] = one
-                self.batch.second = stack
-                break
-        return stack.flatten(0, -3)
+        """[matrices, m or 1, 1 or n]; None without NorMuon."""
+        return self._stack("second_moment", places).flatten(0, -3) if self.normuon else None
 
-    def _program(self, function: Callable, count: int) -> Callable:
+    def _stack(self, name: str, places: Iterable[int]) -> torch.Tensor:
+        """Tensors of the parameters' states in one, of which they are views from then on."""
+        states = [self.optimizer.state[self.batch.params[i]] for i in places]
+        stack = self.batch.stacks.get(name)
+        whole = stack is not None and len(stack) == len(states)
+        if not whole or any(state[name].data_ptr() != stack[i].data_ptr() for i, state in enumerate(states)):
+            stack = torch.stack([state[name] for state in states])
+            for state, one in zip(states, stack.unbind(0), strict=True):
+                state[name] = one
+            self.batch.stacks[name] = stack
+        return stack
+
+    def _program(self, function: Callable, count: Any) -> Callable:
         batch = self.batch
         of_state = self.optimizer.state[batch.params[0]]
         signature = (

@@ -10,7 +10,7 @@ from tessera.training.optimizers import build_optimizer
 
 def trained(preset: str, kind: str, inside: bool, weights: str = "fp32", steps: int = 3):
     """A model after some steps, and the most gradients that were there at once."""
-    model = tiny_model(preset).train()
+    model = tiny_model(preset, tie_word_embeddings=True).train()
     optimizer = build_optimizer(model, kind, weight_decay=0.1, weights=weights)
     if inside:
         InBackward(optimizer)
@@ -28,16 +28,21 @@ def trained(preset: str, kind: str, inside: bool, weights: str = "fp32", steps: 
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
-@pytest.mark.parametrize("preset", ["gpt2-tiny", "moe-qknorm-softcap"])
+@pytest.mark.parametrize("preset", ["llama-tiny", "moe-qknorm-softcap"])
 def test_updates_in_the_backward_pass_equal_those_after_it(preset, kind):
-    """GPT-2's embedding is tied: its gradient comes from both ends and is used once. The gradients of one
+    """The embedding is tied: its gradient comes from both ends and is used once. The gradients of one
     layer's normalisation or matrices may wait, and never those of the model."""
     after, optimizer, all_at_once = trained(preset, kind, inside=False)
     inside, own, few = trained(preset, kind, inside=True)
     for (name, p), q in zip(after.named_parameters(), inside.parameters(), strict=True):
-        # One matrix and a batch are rounded otherwise, and AdamW makes much of a gradient near zero.
-        atol = 2e-4 if kind == "muon" else 2e-6
-        torch.testing.assert_close(q, p, atol=atol, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+        if kind == "adamw":
+            torch.testing.assert_close(
+                q, p, atol=2e-6, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
+        else:
+            # One matrix and a batch are rounded otherwise, and AdamW's eps of 1e-10 beside Muon makes much of
+            # that where a gradient is next to nothing.
+            assert ((q - p).abs() > 2e-5).float().mean() < 0.01, name
     steps = [{float(s["step"]) for s in o.state.values() if "step" in s} for o in (optimizer, own)]
     assert steps == [{3.0}, {3.0}]
     assert all_at_once == len(list(after.parameters())) and few <= 1
