@@ -159,22 +159,17 @@ def together(
     return [wait(child) for child in children]
 
 
-def elastic(folder: Path) -> dict:
-    """Two processes that are stopped, and one or three that go on; against one that was not."""
-    given = given_for(
-        folder,
-        "llama-tiny",
-        steps=12,
-        batch_size=6,
-        evaluations=0,
-        log_steps=1,
-        sample_tokens=0,
-        optimizer="adamw",
-    )
+def elastic(folder: Path, parallel: str) -> dict:
+    """Two processes that are stopped, and one, two or three that go on; against one that was not.
+
+    Where the weights of the two are split, those of the two that go on are not, and the other way round.
+    """
+    given = given_for(folder, "llama-tiny", steps=12, batch_size=6, sample_tokens=0, optimizer="adamw")
     (whole := folder / "whole").mkdir()
     seen = {"whole": together(whole, given, 1, "all")}
     (two := folder / "two").mkdir()
-    seen["two"] = together(two, given, 2, "first", signal_after=4)
+    seen["two"] = together(two, {**given, "parallel": parallel}, 2, "first", signal_after=4)
+    given["parallel"] = "fsdp" if parallel == "ddp" else "ddp"
     seen["stopped"] = [path.name for path in (two / "run" / "checkpoints").glob("step-*")]
     for processes in (1, 2, 3):
         shutil.copytree(two, there := folder / f"on{processes}")

@@ -43,9 +43,10 @@ def test_runs_killed_at_random_moments_end_in_the_bits_of_one_that_was_not(kills
 
 
 @pytest.mark.distributed
-def test_two_processes_are_stopped_and_one_two_or_three_go_on_with_the_same_samples(tmp_path):
-    """SIGTERM goes to one of the two, and both end at the same step."""
-    seen = seen_by("elastic", tmp_path)
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_are_stopped_and_one_two_or_three_go_on_with_the_same_samples(parallel, tmp_path):
+    """SIGTERM goes to one of the two, and both end at the same step. Whole weights become split ones."""
+    seen = seen_by("elastic", tmp_path, parallel)
     assert seen["whole"] == [0] and seen["two"] == [143, 143], seen
     assert len(seen["stopped"]) == 1, "both stopped at the same step"
     stopped = int(seen["stopped"][0].removeprefix("step-"))
