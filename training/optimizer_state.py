@@ -5,6 +5,7 @@ its owner alone (Muon's momentum there) or in parts (FSDP2); what is written is 
 with another layout and another number of processes.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +17,10 @@ from .matrix_batches import part_of
 
 
 def gather_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, everywhere: bool = False
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    everywhere: bool = False,
+    keep: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """The whole state on the CPU, as `<parameter>:<key>` -> tensor. All processes call it.
 
@@ -24,6 +28,7 @@ def gather_state(
         model: unwrapped.
         optimizer: the one inside accelerate's wrapper.
         everywhere: whether all processes get it; otherwise the first does, and the others an empty dict.
+        keep: makes of a name and a whole tensor, where it is, what is returned; default: a copy on the CPU.
     """
     together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     rank = dist.get_rank() if together else 0
@@ -48,8 +53,12 @@ def gather_state(
             value = _whole(p, value.view(torch.bfloat16) if bits else value, full, everyone)
             value = value.view(torch.int16) if bits else value
             if everywhere or rank == 0:
-                result[full] = value.detach().to("cpu", copy=True).contiguous()
+                result[full] = keep(full, value.detach()) if keep else _copy(value)
     return result
+
+
+def _copy(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().to("cpu", copy=True).contiguous()
 
 
 def _whole(p: nn.Parameter, value: torch.Tensor | None, full: str, everyone: list[dict]) -> torch.Tensor:

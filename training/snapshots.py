@@ -9,6 +9,7 @@ it as well.
 What belongs here: from a run to bytes and tensors in memory, by the names of the files that they become.
 """
 
+import functools
 import json
 import tempfile
 from dataclasses import dataclass, field
@@ -124,7 +125,10 @@ class Snapshots:
             self._take_weights(model, snapshot)
         elif accelerator.is_main_process:  # an adapter
             snapshot.files |= _small_files(model, tokenizer)
-        self._keep_all(OPTIMIZER_FILE, gather_state(model, optimizer), snapshot)
+        # Straight to where it stays: whole, and not by way of another copy.
+        keep = functools.partial(self._keep, OPTIMIZER_FILE)
+        if of_optimizer := gather_state(model, optimizer, keep=keep):
+            snapshot.tensors[OPTIMIZER_FILE] = of_optimizer
         self._keep_all(ROUTERS_FILE, _tallies(model, accelerator), snapshot)
         self._keep_all(RANDOM_FILE, gather_random_states(accelerator), snapshot)
         if accelerator.device.type == "cuda":
