@@ -33,6 +33,7 @@ from .parallel import Layout, agree, choose_layout, shard, split_by_engine, wrap
 from .precision import Precision, choose_precision
 from .prefetch import Prefetcher
 from .pretrain_arguments import PretrainArguments
+from .scaling import table_scale
 from .step import Outcome, StepData, StepRunner, free_memory, take_step
 
 
@@ -129,6 +130,7 @@ class Engine:
             args.weight_decay,
             momentum=args.momentum,
             muon_features=args.muon_features,
+            table_scale=table_scale(args, self.model.config),
             weights=args.weights,
             seed=args.seed,
         )

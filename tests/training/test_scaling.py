@@ -161,6 +161,8 @@ def test_a_file_with_its_layers_listed_has_the_dial_of_its_preset(tmp_path):
 def test_a_run_at_a_depth_is_told_and_keeps_what_was_chosen(tmp_path, capsys):
     given = {"config": "nanochat-tiny", "depth": 2, "steps": None, "batch_size": None, "sequence_length": 32}
     run = Run(tiny_arguments(tmp_path, **given, tokens=4000))
+    rates = {group["name"]: group["lr"] for group in run.optimizer.param_groups}
+    assert rates["embeddings"] / rates["matrices"] == pytest.approx(15 * math.sqrt(768 / 48))
     run.run()
     assert "chosen by rule: batch_size " in capsys.readouterr().out
     saved = yaml.safe_load(Path(tmp_path, "run", "recipe.yaml").read_text())
