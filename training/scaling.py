@@ -34,6 +34,7 @@ REFERENCE_BATCH = 2**19
 # Matrices of nanochat at depth 12, with the gates of its value embeddings, and its width.
 REFERENCE_LAYERS, REFERENCE_WIDTH = 84_935_088, 768
 BATCH_EXPONENT = 0.383
+MOST_FORGOTTEN = 0.05  # of a weight in a step, where the rule asks for more of a run of few steps
 
 ADAMW_RATIO = 20.0
 ADAMW_DECAY = 0.1
@@ -87,7 +88,8 @@ def muon_rates(sizes: Sizes, tokens: float, ratio: float = MUON_RATIO, batch: fl
     if batch is None:
         batch = _power_of_two(REFERENCE_BATCH * (tokens / reference) ** BATCH_EXPONENT)
     root = math.sqrt(batch / REFERENCE_BATCH)
-    return Rates(batch, MATRIX_RATE * root, MUON_DECAY * root * reference / tokens)
+    rate, decay = MATRIX_RATE * root, MUON_DECAY * root * reference / tokens
+    return Rates(batch, rate, min(decay, MOST_FORGOTTEN / rate))
 
 
 def table_scale(args: PretrainArguments, config: TesseraConfig) -> float:

@@ -76,6 +76,12 @@ def test_what_is_given_stays_and_the_rest_follows_it():
     assert scale_arguments(told(depth=8), config, 2048, processes=3).batch_size == 129
 
 
+def test_a_handful_of_steps_forgets_a_twentieth_in_each_at_most():
+    config = TesseraConfig.from_preset("bytes-demo", depth=2)
+    args = scale_arguments(told(depth=2, steps=12, batch_size=4), config, 128)
+    assert args.learning_rate * args.weight_decay == pytest.approx(0.05)
+
+
 def test_operations_and_tokens_a_parameter_are_lengths_without_a_depth_too():
     config = TesseraConfig.from_preset("llama-100m")
     costs = count_costs(config)
