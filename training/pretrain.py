@@ -177,7 +177,7 @@ class Run:
         )
         self.model, self.optimizer = self.engine.model, self.engine.optimizer
         self.base_values = [(group["lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
-        self.log = RunLog(self.folder, self.accelerator.is_main_process)
+        self.log = RunLog(self.folder, self.accelerator.is_main_process, self.say)
         policy = CheckpointPolicy.of(args)
         background = args.async_checkpoints
         self.writer = CheckpointWriter(self.folder / "checkpoints", self.accelerator, policy, background)
@@ -185,7 +185,6 @@ class Run:
         peak = find_peak(args, device, processes, self.engine.precision.compute)
         self.meter = Meter(flops_per_token(config, self.length), peak, device)
         self.gradients = GradientStatistics(self.optimizer)
-        self.seconds_saving = 0.0
         self.last: Outcome | None = None
         self.step, self.clock, self.outcomes = 0, Clock(), Outcomes(self.accelerator.device)
         # The clock that all processes go by: that of the first, when the last step was read that was read.
@@ -507,7 +506,6 @@ class Run:
             **self.gradients.values(),
             **self._balance(),
             **self.feed.epochs(self.step),
-            checkpoint_seconds=self.seconds_saving,
         )
 
     def _evaluate(self, whole: bool) -> TextLoss:
@@ -582,7 +580,8 @@ class Run:
     def _report(self) -> None:
         """The page of the run as it stands."""
         if self.accelerator.is_main_process:
-            write_report(self.folder)
+            with self.log.going_on():
+                write_report(self.folder)
 
     def _balance(self) -> dict[str, float]:
         """How evenly the experts were used in the last step: the worst layer, and the mean entropy."""
@@ -609,7 +608,6 @@ class Run:
         }
         if self.writer.save(self.step, self.model, self.optimizer, state, self.tokenizer):
             self.saved_at = self.seconds
-            self.seconds_saving += self.writer.cost
             self._record(checkpoint_seconds=self.writer.cost)
             self.log.event("checkpoint", self.step, seconds=round(self.writer.cost, 3))
 

@@ -11,6 +11,8 @@ What belongs here: where it goes, trackers among it. Who measures is the loop; w
 import json
 import math
 import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -29,15 +31,16 @@ class RunLog:
     Args:
         folder: run directory.
         writes: whether this process is the one that notes things down.
+        say: prints a sentence.
     """
 
-    def __init__(self, folder: Path, writes: bool = True):
+    def __init__(self, folder: Path, writes: bool = True, say: Callable[[str], None] = print):
         self.folder = folder
         self.path = folder / METRICS_FILE
-        self.writes = writes
+        self.writes, self.say, self.failed = writes, say, False
         self.trackers: Trackers | None = None
 
-    def track(self, names: list[str], config: dict[str, Any], step: int, say) -> None:
+    def track(self, names: list[str], config: dict[str, Any], step: int, say: Callable[[str], None]) -> None:
         """Sends to these trackers too from now on; the run directory is there."""
         if self.writes and names:
             self.trackers = Trackers(names, self.folder, config, self._identity(), step, say)
@@ -102,8 +105,20 @@ class RunLog:
         return made
 
     def _append(self, path: Path, record: dict) -> None:
-        with path.open("a", encoding="utf-8") as file:
+        with self.going_on(), path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """What cannot be written in it is said once: a full disk is no reason to stop training."""
+        try:
+            yield
+        except OSError as error:
+            if not self.failed:
+                self.say(
+                    f"{error.filename or self.folder} cannot be written ({error.strerror}); training goes on"
+                )
+            self.failed = True
 
 
 def _line(record: dict) -> str:

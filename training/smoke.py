@@ -11,7 +11,7 @@ from tessera.modeling.configuration_tessera import TesseraConfig
 from .pretrain_arguments import PretrainArguments
 
 STEPS = 5
-LENGTH = 128
+LENGTH = 64
 LAYERS = 2  # where there are two kinds of layers, one of each
 
 
@@ -38,7 +38,7 @@ def small_arguments(args: PretrainArguments, processes: int, resumes: bool) -> P
         warmup_steps=None,
         evaluations=1,
         eval_steps=None,
-        eval_tokens=8 * LENGTH,
+        eval_tokens=4 * LENGTH,
         checkpoint_steps=3,
         sample_tokens=min(args.sample_tokens, 16),
     )

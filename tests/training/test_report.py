@@ -1,10 +1,12 @@
 """The page of a run: what it says, of runs in every state, and that it stands alone."""
 
+import errno
 import json
 import os
 import re
 import signal
 from html.parser import HTMLParser
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -14,6 +16,7 @@ from tessera.training.charts import Line, line_chart
 from tessera.training.curves import draw_course
 from tessera.training.pretrain import Run
 from tessera.training.report import write_report
+from tessera.training.run_log import RunLog
 
 EVIL = "<script>alert('1')</script>&amp; \u2028\x00"
 
@@ -148,6 +151,23 @@ def test_a_run_that_fails_says_so_on_its_page(tmp_path):
     text = " ".join(Reader(page).text)
     assert "failed" in text and "steps skipped" in text
     assert str(raised.value) in text
+
+
+def test_a_log_that_cannot_be_written_costs_a_sentence(tmp_path, capsys, monkeypatch):
+    whole = Path.open
+
+    def full(self, mode="r", *given, **more):
+        if self.suffix == ".jsonl" and "a" in mode:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+        return whole(self, mode, *given, **more)
+
+    monkeypatch.setattr(Path, "open", full)
+    log = RunLog(tmp_path, say=print)
+    for step in (1, 2):
+        log.record(step, 10, 1.0, loss=2.0)
+        log.event("checkpoint", step)
+    said = capsys.readouterr().out
+    assert said.count("training goes on") == 1 and "No space left on device" in said
 
 
 def test_metrics_have_rates_norms_and_speed(tmp_path):
