@@ -469,7 +469,9 @@ class Run:
 
     def _roll_back(self) -> None:
         """To the last good checkpoint, and past the rows that led here."""
+        # All are to see the same newest one, which the first process may still be writing.
         self.writer.wait()
+        self.accelerator.wait_for_everyone()
         newest, _ = newest_verified(self.folder / "checkpoints")
         if newest is None:
             # None of these steps was taken: the weights are those of before.
