@@ -18,6 +18,7 @@ from tessera import TesseraConfig, TesseraForCausalLM, cli
 from tessera.commands import pretrain as pretrain_command
 from tessera.configs.recipes import recipe_names
 from tessera.data.training_rows import PACKINGS
+from tessera.training.checkpoint_policy import CheckpointPolicy
 from tessera.training.checkpoints import find_checkpoint
 from tessera.training.inputs import read_model_config
 from tessera.training.pipeline_names import FIXED, RUN_NAMES
@@ -209,14 +210,17 @@ def test_warmup_steps_are_steps(tmp_path):
     assert rates[6] < 1
 
 
-def test_steps_say_when_to_record_evaluate_and_save(tmp_path):
+@pytest.mark.parametrize(("cheap", "last"), [(True, "step-000009"), (False, "step-000008")])
+def test_steps_say_when_to_record_evaluate_and_save(cheap, last, tmp_path, monkeypatch):
+    """Before an evaluation it saves too where that costs little."""
+    monkeypatch.setattr(CheckpointPolicy, "is_due_before_evaluation", lambda *_: cheap)
     given = {"steps": 10, "log_steps": 2, "eval_steps": 3, "checkpoint_steps": 4}
     result = tiny_run(tmp_path, **given)
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines if "loss" in r] == [1, 3, 5, 7, 9]
     assert [r["step"] for r in lines if "val_loss" in r] == [0, 3, 6, 9, 10]
     assert [path.name for path in sorted((result.folder / "checkpoints").iterdir())] == [
-        "step-000009",  # before its evaluation
+        last,
         "step-000010",
     ]
 
