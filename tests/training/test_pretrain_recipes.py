@@ -24,6 +24,7 @@ from tessera.training.inputs import read_model_config
 from tessera.training.pipeline_names import FIXED, RUN_NAMES
 from tessera.training.pretrain import Run
 from tessera.training.pretrain_arguments import PretrainArguments, gather_arguments, run_of
+from tessera.training.smoke import LENGTH
 
 
 def write_yaml(folder: Path, name: str, values: dict | str) -> str:
@@ -473,7 +474,7 @@ def test_every_recipe_trains_in_small(name, tessera, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = tessera("pretrain", "--recipe", name, "--data", write_text(tmp_path), "--smoke")
     assert code == 0, err
-    assert "5 steps of 2 x 128 tokens" in out
+    assert f"5 steps of 2 x {LENGTH} tokens" in out
     assert find_checkpoint("runs/pretrain-smoke").name == "final"
     assert all(map(math.isfinite, losses(Path("runs/pretrain-smoke"))))
 
