@@ -226,7 +226,7 @@ def estimate_memory(setup: Setup, inventory: Inventory | None = None) -> Memory:
             **common,
             "gradients": earlier,
             "loss and logits": how.product * at_a_time * rows
-            + (summed + how.stream) * head
+            + (summed + (how.stream if summed != how.stream else 0)) * head
             + (how.product * head if how.casts else 0),
         },
         "backward": {

@@ -3,16 +3,14 @@
 What belongs here: which of a run's arguments a plan reads, and what lies over what.
 """
 
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any
 
 from tessera.configs.resolve import resolve_config
 
 from .planner import Plan, make_plan
-from .pretrain_arguments import PretrainArguments, gather_arguments
-
-# Words of a run that a plan takes over as they are.
-COMMON = ("batch_size", "micro_batch_size", "sequence_length", "optimizer", "tokens")
+from .pretrain_arguments import gather_arguments
+from .scaling import scale_arguments
 
 
 def plan_run(
@@ -35,38 +33,43 @@ def plan_run(
         ValueError: if nothing says which model, or for what `make_plan` refuses.
     """
     given = {name: value for name, value in flags.items() if value is not None}
-    told: dict[str, Any] = {}
-    if recipe is not None:
-        args = gather_arguments(
-            {"data_file": "-"} | ({"config": preset} if preset else {}), recipe, processes=gpus
-        )
-        plain = {field.name: field.default for field in fields(PretrainArguments)}
-        told = {name: value for name, value in vars(args).items() if value != plain.get(name)}
-    told |= given
-    preset = preset or told.get("config")
-    if preset is None:
+    if preset is not None:
+        given["config"] = preset
+    elif recipe is None:
         raise ValueError("name a preset or --recipe to plan (`tessera presets` lists both)")
-    depth = told.get("depth")
-    config = resolve_config(preset, **({} if depth is None else {"depth": depth}))
-    every = told.get("gradient_checkpointing_every", 1)
-    checkpoints = told.get("gradient_checkpointing", "gradient_checkpointing_every" in given)
-    if "accumulation" in told and told.get("batch_size") and "micro_batch_size" not in told:
-        told["micro_batch_size"] = max(1, told["batch_size"] // (told["accumulation"] * gpus))
-    parallel = told.get("parallel", "ddp")
-    if parallel not in ("ddp", "fsdp", "hsdp", "fsdp2"):
-        raise ValueError(f"parallel must be ddp or fsdp for a plan, got '{parallel}'")
+    args = gather_arguments({"data_file": "-", **given}, recipe, processes=gpus)
+    depth = {} if args.depth is None else {"depth": args.depth}
+    config = resolve_config(args.config, **depth)
+    context = config.max_position_embeddings
+    length = min(context, 2048) if args.sequence_length is None else args.sequence_length
+    args = replace(args, optimizer=args.optimizer or "muon", sequence_length=length)
+    args = scale_arguments(args, config, length, gpus)
+    rows = args.micro_batch_size
+    if rows is None and args.accumulation and args.batch_size:
+        rows = max(1, args.batch_size // (args.accumulation * gpus))
+    every = args.gradient_checkpointing_every
+    checkpoints = args.gradient_checkpointing or "gradient_checkpointing_every" in given
     plan = make_plan(
-        preset if depth is None else f"{preset} at depth {depth}",
+        args.config if args.depth is None else f"{args.config} at depth {args.depth}",
         config,
         gpu,
         gpus,
-        **{name: told[name] for name in COMMON if name in told},
-        weights=told.get("weights", "fp32"),
-        precision=told.get("precision", "auto"),
-        compiled={"off": False, "on": True}.get(told.get("compile", "auto")),
+        tokens=args.tokens,
+        batch_size=args.batch_size,
+        micro_batch_size=rows,
+        sequence_length=length,
+        optimizer=args.optimizer,
+        weights=args.weights,
+        precision=args.precision,
+        compiled={"off": False, "on": True}.get(args.compile),
         checkpoint_every=every if checkpoints else 0,
-        optimizer_in_backward=told.get("optimizer_in_backward", False),
-        sharded=parallel != "ddp",
+        optimizer_in_backward=args.optimizer_in_backward,
+        sharded=args.parallel != "ddp",
         price=price,
     )
-    return plan
+    limits = [] if args.tokens is None else [args.tokens]
+    if args.steps is not None:
+        limits.append(args.steps * plan.step_tokens)
+    if args.minutes is not None:
+        limits.append(60 * args.minutes * plan.tokens_per_second)
+    return replace(plan, tokens=min(limits)) if limits else plan

@@ -245,6 +245,8 @@ def _mildest(way: str, setup: Setup, inventory: Inventory, card: Card, rates: Ra
         change = Change(title, flags, changed, memory, times, memory.needed <= card.memory)
         if change.fits:
             break
+    if change is None or change.memory.needed >= estimate_memory(setup, inventory).needed:
+        return None  # what is most is elsewhere
     return change
 
 
