@@ -244,7 +244,9 @@ class Run:
 
     def _make_model(self, config: TesseraConfig, weights: Path | None) -> TesseraForCausalLM:
         if weights is None:
-            model = TesseraForCausalLM(config)
+            # A large model takes a minute to start on a CPU, and a moment where it will be.
+            with self.accelerator.device:
+                model = TesseraForCausalLM(config)
         else:
             model = load_model(weights, config, dtype=torch.float32)
         for name in SPECIAL_IDS:
