@@ -23,7 +23,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Fitted to kernels of compiled steps on an H200 (torch 2.11, 2026-11-30, `benchmarks/planner.py`, rows that
 # say "fitted"): Llama shapes of 110M (autocast) and of 135M and 1.1B (bf16), nanochat d12 (both), experts of
-# 688M (bf16); and to `training/peak.py` there.
+# 688M (bf16); and to `training/peak.py` there. Since then attention copies less, experts move fewer rows and
+# head and loss are one kernel: PRODUCT_NUMBERS (17.5 as fitted), ROW_NUMBERS (32), LOGIT_BYTES (8.6) and
+# SOFTCAP_BYTES (6.0) were lowered by counting what fell away, and not measured again.
 #
 # Numbers read and written elementwise, both ways, for each number of a token's stream in a layer: those in
 # the stream's dtype (norms, residual sums), those in that of the products (rotations, copies to and from the
