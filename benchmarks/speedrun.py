@@ -61,6 +61,9 @@ ABLATIONS = [
     Change("windows of 2048 throughout", run={"sequence_length": 2048}),
     Change("half the rate", run={"learning_rate": 0.007}),
     Change("no weight decay", run={"weight_decay": 0.0}),
+    Change("twice the weight decay", run={"weight_decay": 1.2}),
+    Change("dropout of 0.1", {"embd_pdrop": 0.1, "resid_pdrop": 0.1}),
+    Change("value embeddings in every fifth layer", {"value_embedding_interval": 5}),
     Change("vocabulary of 8k", vocabulary=8192),
     Change("vocabulary of 32k", vocabulary=32768),
 ]
