@@ -65,7 +65,7 @@ class InBackward:
         """The optimizer's `step` updates all parameters again."""
         for hook in self._hooks:
             hook.remove()
-        self.optimizer.in_backward = None
+        self.optimizer.in_backward = self.optimizer.found_inf = None
 
     @torch.no_grad()
     def _update(self, p: nn.Parameter) -> None:

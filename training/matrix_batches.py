@@ -13,6 +13,7 @@ processes make the same batches in the same order. A batch lies in one of four w
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -70,6 +71,17 @@ class Batch:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that this process has."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def split_like_weights(parameters: Iterable[nn.Parameter]) -> None:
+    """Cuts gradients that every process has whole as their weights are cut.
+
+    That of a split embedding is one: autograd leaves it as the lookup's backward made it, and the
+    rows of a part would take the gradients of the first rows.
+    """
+    for p in parameters:
+        if isinstance(p, DTensor) and p.grad is not None and p.grad.placements != p.placements:
+            p.grad = p.grad.redistribute(placements=p.placements)
 
 
 def first_of(p: torch.Tensor) -> int:

@@ -27,6 +27,7 @@ from .matrix_batches import (
     local,
     make_batches,
     part_of,
+    split_like_weights,
 )
 
 SMALL = 2**25  # numbers in a batch under which copies into one stack cost less than a kernel for each matrix
@@ -100,8 +101,11 @@ class MuonAdamW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self.in_backward is not None:
-            self.in_backward.finish()
+            # Routers listen to steps, and are not to move after one whose gradients are no numbers.
+            self.found_inf = (~self.in_backward.finish().isfinite()).float()
             return loss
+        for group in self.param_groups:
+            split_like_weights(group["params"])
         found_inf = self.found_inf
         if found_inf is not None and found_inf.device.type == "cpu":
             if found_inf > 0:  # nobody waits for a CPU's own number
