@@ -202,7 +202,10 @@ def split_by_engine(
 
 
 def shard(model: TesseraForCausalLM, layout: Layout, device: torch.device, bf16: bool) -> None:
-    """Splits the weights in place: each layer, the embedding, the last norm with the head, then the rest.
+    """Splits the weights in place: each layer, the embedding, then the rest with the last norm and the head.
+
+    What is the root's own is whole while the model runs, so the loss can use the head's weight and need not
+    write out the logits; see `is_plain_linear`. So it is with a tied embedding.
 
     Args:
         model: on `device`.
@@ -230,14 +233,8 @@ def shard(model: TesseraForCausalLM, layout: Layout, device: torch.device, bf16:
                 if isinstance(router, TesseraRouter):
                     fully_shard(router, mesh=mesh, mp_policy=plain)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    tied = head.weight is base.embed_tokens.weight
-    tail = [module for module in (base.norm, head) if any(True for _ in module.parameters())]
-    if tied:
-        # A tensor of two names belongs to one group.
-        tail.append(base.embed_tokens)
-    else:
+    if head.weight is not base.embed_tokens.weight:
         fully_shard(base.embed_tokens, mesh=mesh, mp_policy=policy)
-    fully_shard(tail, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 

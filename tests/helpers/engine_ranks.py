@@ -2,8 +2,8 @@
 
     engine_ranks.py REPORT FOLDER PARALLEL [NAME=VALUE ...]
 
-The report (JSON, of rank 0) has loss and gradient norm of each step, the micro-batches at the end, and what
-was said; the whole weights are beside it.
+The report (JSON, of rank 0) has loss and gradient norm of each step, the micro-batches at the end, what was
+said, and whether a forward pass left logits; the whole weights are beside it.
 """
 
 import json
@@ -16,11 +16,13 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from helpers.runs import tiny_arguments, write_config  # noqa: E402
+from helpers.runs import REPETITIVE, tiny_arguments, write_config, write_text  # noqa: E402
 from tessera.training.parallel import whole_state_dict  # noqa: E402
 from tessera.training.pretrain import Run  # noqa: E402
 
 STEPS = 4
+# Bytes of both halves of the table, which two processes share.
+TEXT = REPETITIVE + "příliš žluťoučký kůň úpěl ďábelské ódy. " * 60
 
 
 def main(report: str, folder: str, parallel: str, *given: str) -> None:
@@ -29,6 +31,7 @@ def main(report: str, folder: str, parallel: str, *given: str) -> None:
     fails_at, fails_on = int(options.pop("fails_at", -1)), int(options.pop("fails_on", -1))
     options = {name: int(value) if value.isdigit() else value for name, value in options.items()}
     options = {"optimizer": "adamw", "learning_rate": 1e-3, "batch_size": 8, **options}
+    options["data_file"] = write_text(Path(folder), TEXT)
     if "balance" in options:
         coef = float(options.pop("balance"))
         options["config"] = write_config(Path(folder), options.pop("preset"), router_aux_loss_coef=coef)
@@ -36,6 +39,8 @@ def main(report: str, folder: str, parallel: str, *given: str) -> None:
     said = []
     run.engine.say = said.append
     run.model.train()
+    wrote_logits = []
+    run.model.register_forward_hook(lambda _, __, output: wrote_logits.append(output.logits is not None))
     losses, norms = [], []
     step, tried = 0, 0
     while step < STEPS:
@@ -52,6 +57,7 @@ def main(report: str, folder: str, parallel: str, *given: str) -> None:
                 break
             losses.append(outcome.loss)
             norms.append(outcome.norm)
+    in_training = any(wrote_logits)
     state = whole_state_dict(run.model)
     parts = [len(batch["input_ids"]) for batch in run.engine.rows.get(0).batches]
     held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in run.model.parameters())
@@ -59,7 +65,7 @@ def main(report: str, folder: str, parallel: str, *given: str) -> None:
     evaluated = run._evaluate(whole=True).nats
     if run.layout.rank == 0:
         found = {"losses": losses, "norms": norms, "parts": parts, "said": said, "held": held, "tried": tried}
-        found["evaluated"] = evaluated
+        found |= {"evaluated": evaluated, "wrote_logits": in_training}
         Path(report).write_text(json.dumps(found))
         save_file({name: value.clone() for name, value in state.items()}, Path(report).with_suffix(".st"))
     if dist.is_initialized():

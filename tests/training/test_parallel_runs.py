@@ -71,6 +71,8 @@ def test_a_dense_model_trains_alike_however_it_is_spread(layout, found):
     shares = {"fsdp": 0.5, "hsdp": 0.5, "tensors": 0.51, "tensors and data": 0.26}
     share = shares.get(layout.partition(",")[0], 1.0)
     assert spread[0]["held"] <= share * whole * 1.01
+    # A head that is split by tensor has to be called; all others leave their logits to the loss.
+    assert spread[0]["wrote_logits"] is layout.startswith("tensors")
 
 
 @pytest.mark.parametrize("layout", EXPERTS)
