@@ -175,7 +175,7 @@ def assert_refused(result, sentence: str) -> None:
         ({"--data-file": "empty.txt:"}, "is empty"),
         ({"--data-file": "short.txt:" + "x" * 60}, "a window of 64 needs 65"),
         ({"--tokenizer": "no/such/folder"}, "tokenizer no/such/folder cannot be loaded"),
-        ({"--optimizer": "sgd"}, "'muon' or 'adamw'"),
+        ({"--optimizer": "sgd"}, "'muon', 'adamw' or 'adamw-8bit'"),
         ({"--batch-size": "0"}, "batch_size must be at least 1, got 0"),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(value.values())[:40],

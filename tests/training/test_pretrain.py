@@ -451,7 +451,7 @@ def broken_weights(folder: Path) -> str:
         ({"learning_rate": -1.0}, "learning_rate must be positive"),
         ({"clip": -1.0}, "clip must not be negative"),
         ({"warmup": 1.5}, "warmup is a share between 0 and 1"),
-        ({"optimizer": "sgd"}, "optimizer must be 'muon' or 'adamw', got 'sgd'"),
+        ({"optimizer": "sgd"}, "optimizer must be 'muon', 'adamw' or 'adamw-8bit', got 'sgd'"),
         ({"config": "lama-tiny"}, "llama-tiny"),
         ({"config": lambda folder: str(folder / "none.json")}, "there is no file"),
         ({"sequence_length": 513}, "longer than the model's context of 512"),
