@@ -96,6 +96,13 @@ def compile_whole(model: nn.Module, choice: CompileChoice) -> nn.Module:
     return torch.compile(model, dynamic=False, backend=choice.backend)
 
 
+def waiting_for(shapes: list[tuple[int, int]]) -> str:
+    """What to tell who waits: the shapes [rows, length] of micro-batches, each of which is compiled."""
+    each = ", ".join(f"{rows} x {length}" for rows, length in shapes)
+    many = f"{len(shapes)} shapes, one after another" if len(shapes) > 1 else "one shape"
+    return f"compiling for {many}: {each} tokens; up to a minute each where it was not done before"
+
+
 @contextmanager
 def eager() -> Iterator[None]:
     """Within it nothing is compiled: an evaluation would compile again for each of its shapes."""

@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import math
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -213,8 +214,11 @@ class Engine:
         if self.args.optimizer_in_backward:
             return  # a backward pass is a step there
         self.runner.model.train()
+        started = time.perf_counter()
         with compiling.unchanged(self.model, self.optimizer):
             shapes = self._shapes(first)
+            if self.compiles.on:
+                self.say(compiling.waiting_for(shapes))
             done = set()
             while todo := [shape for shape in shapes if shape not in done]:
                 if self._try(todo[0]):
@@ -222,6 +226,8 @@ class Engine:
                 else:
                     shapes = self._shapes(first)
             self._step_without_effect(shapes[0])
+        if self.compiles.on:
+            self.say(f"compiled in {time.perf_counter() - started:.0f} s; the clock of the run starts now")
 
     def _try(self, shape: tuple[int, int]) -> bool:
         """One micro-batch forward and backward; False if memory ran out somewhere and parts are smaller."""
