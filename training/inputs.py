@@ -1,6 +1,7 @@
 """From what a run is told to what it reads: a configuration, a tokenizer that fits, two streams of tokens.
 
-What belongs here: reading `--config`, `--tokenizer` and `--data`, and whether they go together.
+What belongs here: reading `--config`, `--tokenizer` and `--data`, and whether they go together; the model
+that follows from them.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer
 
@@ -22,7 +24,8 @@ from tessera.data.sources import read_documents
 from tessera.data.text import Tokens, split_documents
 from tessera.data.token_files import is_prepared
 from tessera.modeling.configuration_tessera import TesseraConfig
-from tessera.modeling.loading import first_sentence, read_config, read_json
+from tessera.modeling.loading import first_sentence, load_model, read_config, read_json
+from tessera.modeling.modeling_tessera import TesseraForCausalLM
 from tessera.tokenization import build_byte_tokenizer
 
 from .pipeline_names import model_in_our_words
@@ -248,3 +251,25 @@ def encode(tokenizer, documents: list[bytes]) -> Tokens:
     starts[-1] = len(ids)
     ids = ids.astype(np.uint8) if len(tokenizer) <= 256 else ids
     return Tokens(ids, num_bytes, np.array(starts, dtype=np.uint64))
+
+
+def make_model(
+    config: TesseraConfig, weights: Path | None, tokenizer, device: torch.device
+) -> TesseraForCausalLM:
+    """The model of a run in fp32, with random weights or those of a checkpoint, on any device.
+
+    Args:
+        config: of the model.
+        weights: a directory or file to load, or None.
+        tokenizer: whose special tokens the model generates with.
+        device: that trains.
+    """
+    if weights is None:
+        # A large model takes a minute to start on a CPU, and a moment where it will be.
+        with device:
+            model = TesseraForCausalLM(config)
+    else:
+        model = load_model(weights, config, dtype=torch.float32)
+    for name in SPECIAL_IDS:
+        setattr(model.generation_config, name, getattr(tokenizer, name))
+    return model

@@ -8,65 +8,61 @@ processes;
 - progress, and with it the learning rate, is the larger share of steps and of minutes that is used up;
 - a run directory is a Hugging Face model at every checkpoint and at its end.
 
-What belongs here: the loop and what it leaves. What it is told, what it reads, optimizers, schedules,
-checkpoints and pictures have their own files.
+What belongs here: the loop, top to bottom. What it is told (`pretrain_arguments.py`), what it finds
+(`run_folder.py`), its model and steps (`engine.py`), scores (`validation.py`), words (`run_facts.py`) and
+what it leaves (`final_model.py`) have their own files, as have checkpoints and pictures.
 """
 
 import contextlib
 import dataclasses
 import functools
 import math
-import os
 import shutil
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate.utils import set_seed
 
 from tessera.configs.recipes import RECIPE_FILE
 from tessera.configs.resolve import is_byte_gpt_file
-from tessera.evaluation.bits_per_byte import TextLoss, text_loss
-from tessera.modeling.configuration_tessera import TesseraConfig
+from tessera.evaluation.bits_per_byte import TextLoss
 from tessera.modeling.loading import load_model
-from tessera.modeling.modeling_tessera import TesseraForCausalLM
 
 from .checkpoint_policy import CheckpointPolicy
 from .checkpoint_writer import CheckpointWriter
-from .checkpoints import (
-    can_go_on,
-    find_checkpoint,
-    load_checkpoint,
-    newest_verified,
-    read_state,
-    verify,
-)
+from .checkpoints import can_go_on, load_checkpoint, newest_verified, read_state
 from .clock import Clock
-from .curves import draw_course, draw_curve, read_metrics
-from .durable import replace_text
-from .engine import Engine, describe_groups, start_processes
-from .environment import describe_environment
+from .engine import Engine, start_processes
 from .feed import Feed
+from .final_model import draw_curves, write_final
 from .gradient_statistics import GradientStatistics
 from .guards import BadSteps, SkippedSteps
-from .inputs import SPECIAL_IDS, TOKENIZER_META, adopt_vocabulary, open_corpora, read_model_config
+from .inputs import adopt_vocabulary, make_model, open_corpora, read_model_config
 from .meter import Meter, Smoothed, find_peak, flops_per_token
-from .parallel import save_whole
 from .pretrain_arguments import PretrainArguments, run_of
 from .progress import Progress
 from .report import REPORT_FILE, write_report
-from .run_log import METRICS_FILE, RunLog
-from .samples import TOKENS_ON_THE_WAY, on_one_line, sample_text
+from .run_facts import balance_of, facts_of, first_line, rates_of
+from .run_folder import (
+    begin_folder,
+    check_folder,
+    check_rows,
+    checkpoint_to_resume,
+    goes_on_in_place,
+    is_only_begun,
+    weights_to_start_from,
+)
+from .run_log import RunLog
+from .samples import TOKENS_ON_THE_WAY, encode_prompt, on_one_line, sample_text
 from .scaling import describe_scale, scale_arguments
-from .schedules import learning_rate_factor, momentum_at, weight_decay_factor
+from .schedules import learning_rate_factor, momentum_at, warmup_share, weight_decay_factor
 from .signals import Stopped, StopSignals
 from .smoke import small_arguments, small_config
 from .step import Outcome, Outcomes
 from .trackers import check_trackers
-
-LOGITS_AT_A_TIME = 2**26  # of a validation batch; 256 MiB in fp32
+from .validation import bits_of_a_nat, describe, score_held_out
 
 
 @dataclass
@@ -132,14 +128,15 @@ class Run:
         if resume == "auto":
             resume = can_go_on(args.folder)
             # Killed before its first checkpoint: there is nothing to lose.
-            replace = replace or (not resume and _only_begun(args.folder))
+            replace = replace or (not resume and is_only_begun(args.folder))
         self.args, self.resume, self.replace, self.smoke = args, resume, replace, smoke
         set_seed(args.seed)
         self.weights_file, self.folder = args.weights_file, args.folder
         self.trackers = check_trackers(args.trackers)
-        self._check_folder()
+        in_place = goes_on_in_place(resume, self.folder)
+        check_folder(self.folder, self.weights_file, replace or in_place)
         config, is_preset = read_model_config(args.config, args.depth)
-        weights = self._weights_to_start_from()
+        weights = weights_to_start_from(args.ckpt_path, self.say)
         if is_preset and weights is not None:
             config = adopt_vocabulary(config, weights)
         self.corpora, config = open_corpora(
@@ -160,8 +157,9 @@ class Run:
             )
         self.args = args = scale_arguments(args, config, self.length, self.layout.data_size)
         self.feed = Feed(self.corpora, args, self.length, self.layout.data_rank, self.layout.data_size)
-        self.prompt = self._encode_prompt(config)
-        self._plan()
+        self.prompt = encode_prompt(args.sample_prompt, self.tokenizer, config.max_position_embeddings)
+        self.total_steps = self.feed.total_steps  # None: until the minutes are over
+        self.warmup = warmup_share(args, self.total_steps)
         self.skipped = SkippedSteps()
         self.engine = Engine(
             args,
@@ -170,7 +168,7 @@ class Run:
             precision,
             config,
             self.feed,
-            build=functools.partial(self._make_model, config, weights),
+            build=functools.partial(make_model, config, weights, self.tokenizer, self.accelerator.device),
             load=functools.partial(load_model, dtype=torch.float32),
             say=self.say,
             place_of=lambda step: self.skipped.place_of(step),
@@ -193,66 +191,6 @@ class Run:
         # From here on chance is dropout's, which is not to be the same for different rows.
         set_seed(args.seed + self.layout.data_rank)
 
-    def _check_folder(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"--save-path {self.folder} is a file")
-        if self.replace or self._goes_on_in_place():
-            return
-        if self.folder.is_dir() and any(self.folder.iterdir()):
-            raise ValueError(
-                f"{self.folder} already holds files; resume that run, or choose another --save-path"
-            )
-        if self.weights_file and self.weights_file.exists():
-            raise ValueError(f"{self.weights_file} is there already; choose another --save-path")
-
-    def _goes_on_in_place(self) -> bool:
-        if isinstance(self.resume, str):
-            return run_of(self.resume).resolve() == self.folder.resolve()
-        return self.resume
-
-    def _encode_prompt(self, config: TesseraConfig) -> torch.Tensor:
-        given, start = self.args.sample_prompt, self.tokenizer.eos_token_id
-        if given is None and start is not None:
-            return torch.tensor([[start]])
-        prompt = self.tokenizer("\n" if given is None else given, return_tensors="pt")["input_ids"].long()
-        if prompt.shape[1] >= config.max_position_embeddings:
-            raise ValueError(
-                f"sample_prompt has {prompt.shape[1]} tokens and leaves no room in the model's context of "
-                f"{config.max_position_embeddings}"
-            )
-        return prompt
-
-    def _plan(self) -> None:
-        """The number of steps (None: until the minutes are over), and the warm-up."""
-        args = self.args
-        self.total_steps = self.feed.total_steps
-        self.warmup = args.warmup
-        if args.warmup_steps is not None:
-            if self.total_steps is None:
-                raise ValueError(
-                    "warmup_steps needs a length in steps, epochs or tokens; give warmup, a share"
-                )
-            self.warmup = min(args.warmup_steps / self.total_steps, 1.0)
-
-    def _weights_to_start_from(self) -> Path | None:
-        path = self.args.ckpt_path and Path(self.args.ckpt_path)
-        if path and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
-            return find_checkpoint(path)
-        if path:
-            self.say(f"no checkpoint in {path} yet: starting from random weights")
-        return None
-
-    def _make_model(self, config: TesseraConfig, weights: Path | None) -> TesseraForCausalLM:
-        if weights is None:
-            # A large model takes a minute to start on a CPU, and a moment where it will be.
-            with self.accelerator.device:
-                model = TesseraForCausalLM(config)
-        else:
-            model = load_model(weights, config, dtype=torch.float32)
-        for name in SPECIAL_IDS:
-            setattr(model.generation_config, name, getattr(self.tokenizer, name))
-        return model
-
     def say(self, text: str) -> None:
         """Prints once, whatever the number of processes."""
         self.accelerator.print(text)
@@ -265,7 +203,7 @@ class Run:
         try:
             with self.writer, StopSignals() as self.signals:
                 before = self._evaluate(whole=not self.smoke)
-                self.say(f"before training: {_describe(before)}")
+                self.say(f"before training: {describe(before)}")
                 self._train()
                 self._checkpoint()
                 after = self._evaluate(whole=not self.smoke)
@@ -277,7 +215,7 @@ class Run:
             raise
         self._leave("end")
         self.say(f"report: {self.folder / REPORT_FILE}")
-        self.say(f"after training:  {_describe(after)}")
+        self.say(f"after training:  {describe(after)}")
         return PretrainResult(self.folder, final, before, after, self.clock.seconds, self.tokens, sample)
 
     @property
@@ -287,45 +225,27 @@ class Run:
 
     def _start(self) -> None:
         if self.resume:
-            newest = self._checkpoint_to_resume()
+            newest = checkpoint_to_resume(self.resume, self.folder, self.say)
             state = read_state(newest, self.model.config)
-            if state["rows"] != (ours := self._rows_identity()):
-                other = sorted(key for key in ours | state["rows"] if ours.get(key) != state["rows"].get(key))
-                raise ValueError(
-                    f"{newest} was trained on other data, or with another batch, window, order, seed or "
-                    f"optimizer: it differs in {', '.join(other)}"
-                )
+            check_rows(newest, state["rows"], self._rows_identity())
             self.clock = Clock(state["seconds"])
             self._load(newest)
             self.seconds = self.saved_at = state["seconds"]
             self.writer.resumed(self.step, run_of(newest).resolve() == self.folder.resolve())
             self.say(f"resuming from {newest}")
         if self.accelerator.is_main_process:
-            if self.replace:
-                shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            # The configuration alone: `final` and the checkpoints have the model with its code.
-            self.model.config.to_json_file(self.folder / "config.json")
-            recipe = yaml.safe_dump(asdict(self.args), sort_keys=False, allow_unicode=True)
-            replace_text(self.folder / RECIPE_FILE, recipe)
+            begin_folder(self.folder, self.replace, self.model.config, self.args)
             if self.resume:
                 self.log.trim(self.step)
                 # Its weights are those of an older checkpoint as soon as the run goes on.
                 shutil.rmtree(self.folder / "final", ignore_errors=True)
-        self.log.event("resume" if self.resume else "start", self.step, **self._facts())
+        facts = facts_of(self.engine, self.meter, self.corpora, bits_of_a_nat(self.feed, self.corpora))
+        self.log.event("resume" if self.resume else "start", self.step, **facts)
         self.log.track(self.trackers, asdict(self.args), self.step, self.say)
         self.accelerator.wait_for_everyone()
-        total = self.model.num_parameters()
-        length = f"{self.total_steps} steps" if self.total_steps else f"{self.args.minutes:g} minutes"
         if self.smoke:
             self.say("smoke run: a few small steps to see that everything works; its figures mean nothing")
-        self.say(
-            f"{self.args.config}: {total:,} parameters, vocabulary {self.model.config.vocab_size}; "
-            f"{sum(len(one.train.ids) for one in self.corpora):,} tokens to train on, "
-            f"{sum(len(one.val.ids) for one in self.corpora):,} held out; {length} of "
-            f"{self.args.batch_size} x {self.length} tokens on {self.accelerator.num_processes} x "
-            f"{self.accelerator.device.type} in {self.engine.precision.compute}, {self.args.optimizer}"
-        )
+        self.say(first_line(self.args, self.engine, self.corpora, self.length, self.total_steps))
         if sentence := describe_scale(self.args):
             self.say(sentence)
         for line in self.engine.describe():
@@ -338,19 +258,6 @@ class Run:
         self.engine.restore(state.get("engine", {}))
         return state
 
-    def _checkpoint_to_resume(self) -> Path:
-        path = Path(self.resume) if isinstance(self.resume, str) else self.folder
-        if path != run_of(path):
-            if problem := verify(path):
-                raise ValueError(f"{path} cannot be resumed from: {problem}")
-            return path
-        newest, refused = newest_verified(path / "checkpoints")
-        for sentence in refused:
-            self.say(f"passing over {sentence}")
-        if newest is None:
-            raise ValueError(f"{path} has no checkpoint to resume from")
-        return newest
-
     def _train(self) -> None:
         self.engine.warm_up(self.step)
         self.average, self.logged = Smoothed(), self.step
@@ -358,7 +265,9 @@ class Run:
         self.model.train()
         self.meter.update(self.tokens, self.clock.seconds)
         is_main = self.accelerator.is_main_process
-        self.shown = Progress(self._progress(), is_main, self._bits_of_a_nat(), self.total_steps)
+        self.shown = Progress(
+            self._progress(), is_main, bits_of_a_nat(self.feed, self.corpora), self.total_steps
+        )
         with contextlib.closing(self.engine), self.shown, self.clock:
             while not self._is_done():
                 log = self.step + 1 - self.logged >= self.args.log_steps or not self.step
@@ -404,7 +313,7 @@ class Run:
             if evaluate:
                 held_out = self._evaluate(whole=False)
                 self.shown.note_validation(held_out.bits_per_byte)
-                self.shown.write(f"{100 * progress:3.0f} %  {_describe(held_out)}")
+                self.shown.write(f"{100 * progress:3.0f} %  {describe(held_out)}")
                 if self.writer.is_better(held_out.bits_per_byte):
                     self._checkpoint()
                     self.writer.note_best(held_out.bits_per_byte)
@@ -465,7 +374,7 @@ class Run:
                 self._roll_back()
                 return True
             self.meter.update(self.tokens, self.clock.seconds)
-            values = {**self.meter.values(), **self._rates()}
+            values = {**self.meter.values(), **rates_of(self.optimizer)}
             self.shown.update(self._progress(), outcome.step, self.average.value, **values)
         return False
 
@@ -506,74 +415,26 @@ class Run:
             loss=self.average.value,
             grad_norm=self.last.norm,
             **self.meter.values(),
-            **self._rates(),
+            **rates_of(self.optimizer),
             **self.gradients.values(),
-            **self._balance(),
+            **balance_of(self.model),
             **self.feed.epochs(self.step),
         )
 
     def _evaluate(self, whole: bool) -> TextLoss:
         """Scores the held-out text, or a sample of it, and records that."""
-        tokens = sum(len(one.val.ids) for one in self.corpora)
-        every = 1 if whole else math.ceil(tokens / self.args.eval_tokens)
-        fitting = LOGITS_AT_A_TIME // (self.length * self.model.config.padded_vocab_size)
-        batch_size = max(1, min(16, fitting))
-        losses, of_each = [], {}
-        for one in self.corpora:
-            ids, num_bytes = one.val.ids, one.val.num_bytes
-            given = (ids, num_bytes, self.length, batch_size, self.accelerator, every, self.layout.groups)
-            with self.engine.evaluating():
-                loss = text_loss(self.model, *given)
-            losses.append(loss)
-            if len(self.corpora) > 1:
-                of_each[f"val_loss/{one.name}"] = loss.nats
-                of_each[f"val_bits_per_byte/{one.name}"] = loss.bits_per_byte
-        mixed = self.feed.mixed(losses)
-        self._record(val_loss=mixed.nats, val_bits_per_byte=mixed.bits_per_byte, **of_each)
-        return mixed
+        most = None if whole else self.args.eval_tokens
+        with self.engine.evaluating():
+            loss, of_each = score_held_out(
+                self.model, self.feed, self.corpora, self.accelerator, self.layout.groups, most
+            )
+        self._record(val_loss=loss.nats, val_bits_per_byte=loss.bits_per_byte, **of_each)
+        return loss
 
     # ---- what it writes ----
 
     def _record(self, **values: float) -> None:
         self.log.record(self.step, self.tokens, self.clock.seconds, **values)
-
-    def _rates(self) -> dict[str, float]:
-        """Learning rates of the last step: that of the first group of matrices, and each group's."""
-        groups = self.optimizer.param_groups
-        main = next((group for group in groups if group["name"].endswith("matrices")), groups[0])
-        of_each = {f"learning_rate/{group['name']}": float(group["lr"]) for group in groups}
-        return {"learning_rate": float(main["lr"]), **of_each}
-
-    def _bits_of_a_nat(self) -> float:
-        """What a nat per token is in bits per byte, by tokens and bytes of the held-out text."""
-        losses = [TextLoss(1.0, len(one.val.ids), one.val.num_bytes) for one in self.corpora]
-        return self.feed.mixed(losses).bits_per_byte
-
-    def _facts(self) -> dict[str, dict[str, str]]:
-        """What the report tells of this start: model, data, machine."""
-        names = [one.folder or one.name for one in self.corpora]
-        peak = self.meter.peak
-        return {
-            "model": {
-                "parameters": f"{self.model.num_parameters():,}",
-                "operations a token": f"{self.meter.flops_per_token:.3g}, forward and backward",
-                "groups": describe_groups(self.optimizer),
-            },
-            "data": {
-                "read from": ", ".join(map(str, names)),
-                "tokens to train on": f"{sum(len(one.train.ids) for one in self.corpora):,}",
-                "tokens held out": f"{sum(len(one.val.ids) for one in self.corpora):,}",
-                "bytes a token": f"{1 / (self._bits_of_a_nat() * math.log(2)):.3f}",
-            },
-            "environment": {
-                **describe_environment(self.accelerator.device, self.accelerator.num_processes),
-                **({"peak for MFU": f"{peak / 1e12:.4g} TFLOP/s"} if peak else {}),
-                "precision": str(self.engine.precision),
-                "attention": str(self.engine.attention),
-                "compiled": str(self.engine.compiles),
-                "layout": str(self.layout),
-            },
-        }
 
     def _leave(self, event: str, **told: str) -> None:
         """Notes how the run is left, and writes its page."""
@@ -586,17 +447,6 @@ class Run:
         if self.accelerator.is_main_process:
             with self.log.going_on():
                 write_report(self.folder)
-
-    def _balance(self) -> dict[str, float]:
-        """How evenly the experts were used in the last step: the worst layer, and the mean entropy."""
-        layers = self.model.router_statistics()
-        if not layers:
-            return {}
-        entropies = [layer["entropy"] for layer in layers]
-        return {
-            "router_max_violation": max(layer["max_violation"] for layer in layers),
-            "router_entropy": sum(entropies) / len(entropies),
-        }
 
     def _rows_identity(self) -> dict:
         """What fixes which row a step sees, and the optimizer that its state is of."""
@@ -620,38 +470,16 @@ class Run:
         return sample_text(self.model, self.tokenizer, self.prompt, tokens, self.accelerator, self.args.seed)
 
     def _finish(self, sample: str) -> Path:
-        """Writes `final/`, a complete Hugging Face directory, aside and renamed; then curve and sample."""
-        final, aside = self.folder / "final", self.folder / ".final.partial"
+        """Writes `final/`, then curves and sample."""
+        notes = self.corpora[0].tokenizer_meta
+        final = write_final(
+            self.folder, self.model, self.tokenizer, notes, self.weights_file, self.accelerator
+        )
         if self.accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-        save_whole(self.model, aside, self.accelerator.is_main_process)
-        if self.accelerator.is_main_process:
-            self.tokenizer.save_pretrained(aside)
-            if notes := self.corpora[0].tokenizer_meta:
-                shutil.copyfile(notes, aside / TOKENIZER_META)
-            shutil.rmtree(final, ignore_errors=True)
-            aside.rename(final)
-            if self.weights_file:
-                partial = self.weights_file.with_suffix(".partial")
-                shutil.copyfile(final / "model.safetensors", partial)
-                os.replace(partial, self.weights_file)
             (self.folder / "sample.txt").write_text(sample, encoding="utf-8")
-            records, curve = read_metrics(self.folder / METRICS_FILE), self.folder / "loss.png"
-            if draw_curve(records, curve, f"{self.args.config}"):
-                draw_course(records, self.folder / "course.png", f"{self.args.config}")
-                self.say(f"loss curve: {curve}")
-            else:
-                self.say("loss curve: not drawn, matplotlib is not installed (extra 'train')")
+            draw_curves(self.folder, f"{self.args.config}", self.say)
         self.accelerator.wait_for_everyone()
         return final
-
-
-def _only_begun(folder: Path) -> bool:
-    """Whether a run directory holds nothing that anybody would miss: no model, and no checkpoint."""
-    if not folder.is_dir() or (folder / "final").exists():
-        return False
-    there = {path.name for path in folder.iterdir()}
-    return RECIPE_FILE in there or there <= {"config.json", f".{RECIPE_FILE}.partial"}
 
 
 def _what_is_wrong(outcome: Outcome) -> str:
@@ -659,10 +487,6 @@ def _what_is_wrong(outcome: Outcome) -> str:
     if math.isfinite(value):
         what, value = "the gradient's norm", outcome.norm
     return f"{what} is {value}"
-
-
-def _describe(loss: TextLoss) -> str:
-    return f"validation {loss.nats:.4f} nats per token, {loss.bits_per_byte:.4f} bits per byte"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 TOKENS_ON_THE_WAY = 48  # at an evaluation; a sample costs a forward pass for each of them
 
 
+def encode_prompt(given: str | None, tokenizer: PreTrainedTokenizerBase, context: int) -> torch.Tensor:
+    """The ids [1, T] that samples begin with: of the text that is given, else the start of a document.
+
+    Raises:
+        ValueError: if the text leaves no room in the model's context.
+    """
+    start = tokenizer.eos_token_id
+    if given is None and start is not None:
+        return torch.tensor([[start]])
+    prompt = tokenizer("\n" if given is None else given, return_tensors="pt")["input_ids"].long()
+    if prompt.shape[1] >= context:
+        raise ValueError(
+            f"sample_prompt has {prompt.shape[1]} tokens and leaves no room in the model's context of "
+            f"{context}"
+        )
+    return prompt
+
+
 @torch.no_grad()
 def sample_text(
     model: PreTrainedModel,

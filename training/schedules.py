@@ -18,6 +18,23 @@ MOMENTUM_WARMUP_STEPS = 300
 WSD_DECAY = 0.4  # between what pretraining runs take (0.1 to 0.2) and short races (0.45 to 0.65)
 
 
+def warmup_share(args: "PretrainArguments", total_steps: int | None) -> float:
+    """The share of a run over which the rate rises, whether it was given as one or in steps.
+
+    Args:
+        args: of the run.
+        total_steps: of the run; None where it ends with its minutes.
+
+    Raises:
+        ValueError: if steps are to be a share of minutes.
+    """
+    if args.warmup_steps is None:
+        return args.warmup
+    if total_steps is None:
+        raise ValueError("warmup_steps needs a length in steps, epochs or tokens; give warmup, a share")
+    return min(args.warmup_steps / total_steps, 1.0)
+
+
 def learning_rate_factor(args: "PretrainArguments", progress: float, warmup: float | None = None) -> float:
     """Factor on every group's learning rate: a linear rise, then what `schedule` says, down to `floor`.
 

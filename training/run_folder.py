@@ -1,0 +1,119 @@
+"""What a run finds in the directories it is told of: whether it may write there, and what it goes on from.
+
+What belongs here: looking, the sentences for what cannot be, and the first files of a run. What checkpoints
+hold and how they are verified is `checkpoints.py`.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import yaml
+
+from tessera.configs.recipes import RECIPE_FILE
+from tessera.modeling.configuration_tessera import TesseraConfig
+
+from .checkpoints import find_checkpoint, newest_verified, verify
+from .durable import replace_text
+from .pretrain_arguments import PretrainArguments, run_of
+
+
+def check_folder(folder: Path, weights_file: Path | None, may_hold_files: bool) -> None:
+    """Refuses a place to write to that has something of another run.
+
+    Args:
+        folder: of the run.
+        weights_file: where the weights are copied to at its end, if anywhere.
+        may_hold_files: the run that is there goes on, or is to go.
+
+    Raises:
+        ValueError: if the place is taken.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--save-path {folder} is a file")
+    if may_hold_files:
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} already holds files; resume that run, or choose another --save-path")
+    if weights_file and weights_file.exists():
+        raise ValueError(f"{weights_file} is there already; choose another --save-path")
+
+
+def begin_folder(folder: Path, replace: bool, config: TesseraConfig, args: PretrainArguments) -> None:
+    """Makes a run's directory, with its recipe and configuration; one process calls it.
+
+    Args:
+        folder: of the run.
+        replace: whether what is there goes.
+        config: of the model; `final` and the checkpoints have it with its code.
+        args: of the run.
+    """
+    if replace:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.to_json_file(folder / "config.json")
+    replace_text(folder / RECIPE_FILE, yaml.safe_dump(asdict(args), sort_keys=False, allow_unicode=True))
+
+
+def goes_on_in_place(resume: bool | str, folder: Path) -> bool:
+    """Whether the run that is resumed is that of the folder."""
+    if isinstance(resume, str):
+        return run_of(resume).resolve() == folder.resolve()
+    return resume
+
+
+def is_only_begun(folder: Path) -> bool:
+    """Whether a run directory holds nothing that anybody would miss: no model, and no checkpoint."""
+    if not folder.is_dir() or (folder / "final").exists():
+        return False
+    there = {path.name for path in folder.iterdir()}
+    return RECIPE_FILE in there or there <= {"config.json", f".{RECIPE_FILE}.partial"}
+
+
+def weights_to_start_from(given: str | None, say: Callable[[str], None]) -> Path | None:
+    """The model that `ckpt_path` of a run names; None for random weights.
+
+    Raises:
+        ValueError: if there is something that is no model.
+    """
+    path = given and Path(given)
+    if path and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
+        return find_checkpoint(path)
+    if path:
+        say(f"no checkpoint in {path} yet: starting from random weights")
+    return None
+
+
+def checkpoint_to_resume(resume: bool | str, folder: Path, say: Callable[[str], None]) -> Path:
+    """The checkpoint that a run goes on from: the one it names, or the newest of its run that verifies.
+
+    Raises:
+        ValueError: if there is none, or the one that is named is damaged.
+    """
+    path = Path(resume) if isinstance(resume, str) else folder
+    if path != run_of(path):
+        if problem := verify(path):
+            raise ValueError(f"{path} cannot be resumed from: {problem}")
+        return path
+    newest, refused = newest_verified(path / "checkpoints")
+    for sentence in refused:
+        say(f"passing over {sentence}")
+    if newest is None:
+        raise ValueError(f"{path} has no checkpoint to resume from")
+    return newest
+
+
+def check_rows(checkpoint: Path, theirs: dict, ours: dict) -> None:
+    """Refuses to go on with other rows, or another optimizer, than a checkpoint was trained with.
+
+    Raises:
+        ValueError: with the names of what differs.
+    """
+    if theirs == ours:
+        return
+    other = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
+    raise ValueError(
+        f"{checkpoint} was trained on other data, or with another batch, window, order, seed or optimizer: "
+        f"it differs in {', '.join(other)}"
+    )
