@@ -426,15 +426,16 @@ class _MuonJob:
             return
         second = self._stacked_second(list(places))
         narrow = self.optimizer._narrow(batch.params[0])
-        small = self.compiled and not narrow and len(weights) * weights[0].numel() <= SMALL
+        small = not narrow and len(weights) > 1 and len(weights) * weights[0].numel() <= SMALL
         keys, steps = self._chances()
         remainders = self._state("remainder", places)
         firsts = [first_of(p) for p in batch.params]
         apart = weights
         if small:
-            weights, grads = [torch.stack(weights)], [torch.stack(grads)]
-            buffers = [self._stack("momentum_buffer", places)]
-            remainders, keys, steps, firsts = [None], [None], [None], [0]
+            grads, buffers = [torch.stack(grads)], [self._stack("momentum_buffer", places)]
+            if self.compiled:  # otherwise the weights are changed in place
+                weights = [torch.stack(weights)]
+                remainders, keys, steps, firsts = [None], [None], [None], [0]
         else:
             buffers = self._state("momentum_buffer", places)
         program = self._program(_update, (len(apart), small))
@@ -458,7 +459,7 @@ class _MuonJob:
             dtype=self.dtype,
             firsts=firsts,
         )
-        if small:
+        if small and self.compiled:
             torch._foreach_copy_(apart, list(weights[0].unbind(0)))
 
     def _stacked_second(self, places: list[int]) -> torch.Tensor | None:
@@ -468,6 +469,8 @@ class _MuonJob:
     def _stack(self, name: str, places: Iterable[int]) -> torch.Tensor:
         """Tensors of the parameters' states in one, of which they are views from then on."""
         states = [self.optimizer.state[self.batch.params[i]] for i in places]
+        if len(states) == 1:
+            return states[0][name].unsqueeze(0)
         stack = self.batch.stacks.get(name)
         whole = stack is not None and len(stack) == len(states)
         if not whole or any(state[name].data_ptr() != stack[i].data_ptr() for i, state in enumerate(states)):
@@ -522,9 +525,9 @@ def _apply(weights, updates, remainders, keys, steps, rate, decay, *, cautious, 
     for weight, update, remainder, key, step, first in zip(
         weights, updates, remainders, keys, steps, firsts, strict=True
     ):
-        plain = weight.dtype is update.dtype is torch.float32 and not torch.compiler.is_compiling()
-        if plain and decay == 0 and isinstance(rate, float):
-            weight.add_(update, alpha=-rate)  # the same in one pass
+        plain = weight.dtype is update.dtype is torch.float32 and isinstance(rate, float)
+        if plain and not torch.compiler.is_compiling():
+            muon.apply_update_in_place(weight, update, rate, decay, cautious)
             continue
         value = low_precision.load(weight, remainder)
         value = muon.apply_update(value, update, rate, decay, cautious)
@@ -557,8 +560,10 @@ def _update(
     for grad, buffer in zip(grads, buffers, strict=True):
         ahead = muon.nesterov(grad, buffer, momentum, skip).to(dtype)
         rows.append(muon.normalized(ahead, parts, equilibrate).to(dtype))
-    x = torch.stack(rows)
+    x = torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
     shape = x.shape
     x = x.unflatten(-2, (parts, -1)).flatten(0, -3)
     updates = muon.direction(x, second, beta2, skip, renormalize).view(shape).unbind(0)
+    if len(updates) < len(weights):  # gradients came as one stack
+        updates = updates[0].unbind(0)
     _apply(weights, updates, remainders, keys, steps, rate, decay, cautious=cautious, firsts=firsts)

@@ -167,6 +167,18 @@ def apply_update(
     return weight - rate * (update + shrink)
 
 
+def apply_update_in_place(
+    weight: torch.Tensor, update: torch.Tensor, rate: float, decay: float, cautious: bool
+) -> None:
+    """`apply_update` of fp32 weights in eager mode, where each operator is a pass over memory."""
+    if decay and cautious:
+        agree = (update * weight).ge_(0)
+        weight.addcmul_(weight, agree, value=-rate * decay)
+    elif decay:
+        weight.mul_(1 - rate * decay)
+    weight.add_(update, alpha=-rate)
+
+
 @torch.no_grad()
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
     """The orthogonal factor of each matrix's polar decomposition, approximately: U V^T of its SVD.
