@@ -1,5 +1,6 @@
 """`tessera data`: from text to tokens on disk."""
 
+import shlex
 from typing import Annotated
 
 import typer
@@ -109,7 +110,11 @@ def prepare(
     _show(meta)
     if explain:
         _show_dropped(output)
-    typer.echo(f"\ntokens: {output}\nnext: tessera pretrain --config PRESET --data {output}")
+    _say_next(output)
+
+
+def _say_next(output: str) -> None:
+    typer.echo(f"\ntokens: {output}\nnext: tessera pretrain --config PRESET --data {shlex.quote(output)}")
 
 
 @app.command()
@@ -122,7 +127,7 @@ def download(
     from tessera.data.download import download as run
 
     _show(run(dataset, output).meta)
-    typer.echo(f"\ntokens: {output}\nnext: tessera pretrain --config PRESET --data {output}")
+    _say_next(output)
 
 
 @app.command()

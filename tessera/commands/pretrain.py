@@ -5,6 +5,7 @@ and what to do with them.
 """
 
 import inspect
+import shlex
 from dataclasses import Field, fields
 from types import NoneType
 from typing import Annotated, Any, get_args
@@ -120,10 +121,10 @@ def pretrain(**given: Any) -> None:
         if not own["smoke"]:
             from tessera.data.token_files import is_prepared
 
-            run = result.folder
+            run = shlex.quote(str(result.folder))
             # Plain text was mostly trained on.
             one = isinstance(args.data_file, str) and is_prepared(args.data_file)
-            held_out = args.data_file if one else "OTHER_TEXT"
+            held_out = shlex.quote(args.data_file) if one else "OTHER_TEXT"
             typer.echo(
                 f"next: tessera eval --model {run} --data {held_out} | tessera sft --model {run} "
                 f"--data CHATS.jsonl | tessera generate --ckpt-path {run} --interactive"
