@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -196,6 +197,30 @@ def newest_verified(folder: Path) -> tuple[Path | None, list[str]]:
             return path, refused
         refused.append(f"{path}: {problem}")
     return None, refused
+
+
+def choose_checkpoint(path: Path, accelerator: Accelerator, run: bool) -> tuple[Path | None, list[str]]:
+    """What to go on from; all processes call it. The first one hashes, and the others take its word: large
+    checkpoints are read once for that.
+
+    Args:
+        path: a checkpoint, or the folder of a run's checkpoints.
+        accelerator: of the run.
+        run: which of the two it is.
+
+    Returns:
+        The checkpoint, or None if none verifies, and a sentence for each that was passed over.
+    """
+    chosen: list = [None, []]
+    if accelerator.is_main_process:
+        if run:
+            chosen = list(newest_verified(path))
+        else:
+            problem = verify(path)
+            chosen = [path, []] if problem is None else [None, [problem]]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(chosen)
+    return chosen[0], chosen[1]
 
 
 def can_go_on(run: Path) -> bool:

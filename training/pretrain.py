@@ -32,7 +32,7 @@ from tessera.modeling.loading import load_model
 
 from .checkpoint_policy import CheckpointPolicy
 from .checkpoint_writer import CheckpointWriter
-from .checkpoints import can_go_on, load_checkpoint, newest_verified, read_state
+from .checkpoints import can_go_on, choose_checkpoint, load_checkpoint, read_state
 from .clock import Clock
 from .engine import Engine, start_processes
 from .feed import Feed
@@ -225,7 +225,7 @@ class Run:
 
     def _start(self) -> None:
         if self.resume:
-            newest = checkpoint_to_resume(self.resume, self.folder, self.say)
+            newest = checkpoint_to_resume(self.resume, self.folder, self.accelerator, self.say)
             state = read_state(newest, self.model.config)
             check_rows(newest, state["rows"], self._rows_identity())
             self.clock = Clock(state["seconds"])
@@ -270,7 +270,8 @@ class Run:
         )
         with contextlib.closing(self.engine), self.shown, self.clock:
             while not self._is_done():
-                log = self.step + 1 - self.logged >= self.args.log_steps or not self.step
+                log = self.step + 1 - self.logged >= self.args.log_steps
+                log = log or self.step in (0, (self.total_steps or 0) - 1)  # the first and the last
                 self.gradients.take(log)
                 self._optimizer_step(self._progress())
                 self.step += 1
@@ -380,10 +381,9 @@ class Run:
 
     def _roll_back(self) -> None:
         """To the last good checkpoint, and past the rows that led here."""
-        # All are to see the same newest one, which the first process may still be writing.
+        # The first process may still be writing the newest one; the others wait for its word.
         self.writer.wait()
-        self.accelerator.wait_for_everyone()
-        newest, _ = newest_verified(self.folder / "checkpoints")
+        newest, _ = choose_checkpoint(self.folder / "checkpoints", self.accelerator, run=True)
         if newest is None:
             # None of these steps was taken: the weights are those of before.
             self.say(f"{self.args.bad_steps} bad steps in a row and no checkpoint yet: going on behind them")

@@ -292,6 +292,9 @@ def _results(records: list[dict], events: list[dict]) -> dict[str, str]:
     ):
         if found := _values(records, key):
             rows[name] = f"{found[0]:.4f} before, {found[-1]:.4f} now; best {min(found):.4f}"
+    of_each = "val_bits_per_byte/"
+    for key in sorted({key for record in records for key in record if key.startswith(of_each)}):
+        rows[f"bits per byte of {key.removeprefix(of_each)}"] = f"{_last(records, key):.4f} now"
     if not records:
         return rows
     last = records[-1]

@@ -10,11 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import yaml
+from accelerate import Accelerator
 
 from tessera.configs.recipes import RECIPE_FILE
 from tessera.modeling.configuration_tessera import TesseraConfig
 
-from .checkpoints import find_checkpoint, newest_verified, verify
+from .checkpoints import choose_checkpoint, find_checkpoint
 from .durable import replace_text
 from .pretrain_arguments import PretrainArguments, run_of
 
@@ -85,18 +86,22 @@ def weights_to_start_from(given: str | None, say: Callable[[str], None]) -> Path
     return None
 
 
-def checkpoint_to_resume(resume: bool | str, folder: Path, say: Callable[[str], None]) -> Path:
-    """The checkpoint that a run goes on from: the one it names, or the newest of its run that verifies.
+def checkpoint_to_resume(
+    resume: bool | str, folder: Path, accelerator: Accelerator, say: Callable[[str], None]
+) -> Path:
+    """The checkpoint that a run goes on from: the one it names, or the newest of its run that verifies. All
+    processes call it.
 
     Raises:
         ValueError: if there is none, or the one that is named is damaged.
     """
     path = Path(resume) if isinstance(resume, str) else folder
     if path != run_of(path):
-        if problem := verify(path):
-            raise ValueError(f"{path} cannot be resumed from: {problem}")
-        return path
-    newest, refused = newest_verified(path / "checkpoints")
+        chosen, problems = choose_checkpoint(path, accelerator, run=False)
+        if chosen is None:
+            raise ValueError(f"{path} cannot be resumed from: {'; '.join(problems)}")
+        return chosen
+    newest, refused = choose_checkpoint(path / "checkpoints", accelerator, run=True)
     for sentence in refused:
         say(f"passing over {sentence}")
     if newest is None:

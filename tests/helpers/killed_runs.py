@@ -23,6 +23,7 @@ import torch
 
 from helpers.runs import tiny_arguments, write_config, write_text
 from tessera.data.training_rows import RowSequence
+from tessera.training import checkpoints
 from tessera.training.pretrain import pretrain
 from tessera.training.signals import Stopped
 
@@ -36,6 +37,7 @@ def run(folder: Path, given: dict, log: Path | None = None) -> None:
         os.dup2(errors.fileno(), 2)
     if log is not None:
         note_rows(log)
+        note_hashes(log.with_suffix(".hashed"))
     pretrain(tiny_arguments(folder, **given), resume="auto")
 
 
@@ -49,6 +51,18 @@ def note_rows(log: Path) -> None:
         return read(self, numbers)
 
     RowSequence.batch = batch
+
+
+def note_hashes(log: Path) -> None:
+    """Writes down which checkpoints this process hashes."""
+    verify = checkpoints.verify
+
+    def noted(path):
+        with log.open("a") as file:
+            file.write(f"{path.name}\n")
+        return verify(path)
+
+    checkpoints.verify = noted
 
 
 def start(folder: Path, given: dict, log: Path | None = None, **environment: str) -> int:
@@ -159,12 +173,13 @@ def together(
     return [wait(child) for child in children]
 
 
-def elastic(folder: Path, parallel: str) -> dict:
+def elastic(folder: Path, parallel: str, optimizer: str, weights: str) -> dict:
     """Two processes that are stopped, and one, two or three that go on; against one that was not.
 
     Where the weights of the two are split, those of the two that go on are not, and the other way round.
     """
-    given = given_for(folder, "llama-tiny", steps=12, batch_size=6, sample_tokens=0, optimizer="adamw")
+    given = given_for(folder, "llama-tiny", steps=12, batch_size=6, sample_tokens=0)
+    given |= {"optimizer": optimizer, "weights": weights}
     (whole := folder / "whole").mkdir()
     seen = {"whole": together(whole, given, 1, "all")}
     (two := folder / "two").mkdir()

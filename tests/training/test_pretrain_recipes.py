@@ -218,7 +218,7 @@ def test_steps_say_when_to_record_evaluate_and_save(cheap, last, tmp_path, monke
     given = {"steps": 10, "log_steps": 2, "eval_steps": 3, "checkpoint_steps": 4}
     result = tiny_run(tmp_path, **given)
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in lines if "loss" in r] == [1, 3, 5, 7, 9]
+    assert [r["step"] for r in lines if "loss" in r] == [1, 3, 5, 7, 9, 10]
     assert [r["step"] for r in lines if "val_loss" in r] == [0, 3, 6, 9, 10]
     assert [path.name for path in sorted((result.folder / "checkpoints").iterdir())] == [
         last,

@@ -120,6 +120,13 @@ def test_a_page_is_written_of_damaged_files(tmp_path):
     assert "1.5000" in page and not Reader(page).open
 
 
+def test_each_corpus_of_a_mixture_has_its_result(tmp_path):
+    line = '{"step": 1, "tokens": 5, "val_bits_per_byte": 1.5, "val_bits_per_byte/b <i>": 1.25}\n'
+    (tmp_path / "metrics.jsonl").write_text(line)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "<th>bits per byte of b &lt;i&gt;</th><td>1.2500 now</td>" in page
+
+
 def test_a_stopped_and_resumed_run_tells_of_both(tmp_path, monkeypatch):
     given = {"log_steps": 1, "evaluations": 1}
     whole = Run._optimizer_step
@@ -174,7 +181,7 @@ def test_metrics_have_rates_norms_and_speed(tmp_path):
     result = tiny_run(tmp_path, log_steps=2, peak_tflops=0.001)
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
-    assert [line["step"] for line in steps] == [1, 3, 5]
+    assert [line["step"] for line in steps] == [1, 3, 5, 6]
     for line in steps:
         assert line["learning_rate"] == line["learning_rate/matrices"]
         assert line["grad_norm/matrices"] > 0 and line["update_ratio/head"] >= 0
