@@ -19,11 +19,14 @@ class Arithmetic:
     """Which dtypes a step computes in.
 
     Attributes:
-        stream: bytes of a number of the residual stream: 4 under autocast, whose sums are with fp32.
+        weight: bytes of a weight.
+        stream: bytes of a number of the residual stream: in bf16 what products are, whatever the weights
+            are; fp32 under fp16's autocast.
         product: bytes of a number that goes into matrix products.
         compiled: whether the step is.
     """
 
+    weight: int
     stream: int
     product: int
     compiled: bool
@@ -31,7 +34,7 @@ class Arithmetic:
     @property
     def casts(self) -> bool:
         """Whether weights are copied to the dtype of the products."""
-        return self.stream != self.product
+        return self.weight != self.product
 
 
 def kept_by_layer(config: TesseraConfig, index: int, how: Arithmetic) -> dict[str, float]:
@@ -60,9 +63,11 @@ def kept_around_layers(config: TesseraConfig, how: Arithmetic) -> float:
     width = config.hidden_size
     kept = INDEX + how.stream * width + FLOAT + how.product * width
     if config.embedding_norm or config.smear:
-        kept += how.stream * width + FLOAT  # the embedding as it was looked up
-    if config.smear and not how.casts:
+        kept += how.weight * width + FLOAT  # the embedding as it was looked up
+    if config.smear and how.stream == how.product:
         kept += how.product * width  # its gate reads a few channels, of which the whole is kept
+    if config.embd_pdrop:
+        kept += width
     return kept
 
 
@@ -142,7 +147,7 @@ def _experts(config: TesseraConfig, how: Arithmetic) -> float:
         between += inner
     rows = how.product * chosen * (config.hidden_size + between)
     router = 3 * FLOAT * config.n_routed_experts + chosen * (4 * INDEX + FLOAT)
-    if not how.casts:
-        router += FLOAT * config.hidden_size  # its input is fp32 whatever the rest is
+    # Its input is fp32 whatever the rest is, unless autocast rounds it.
+    router += (how.product if how.casts else FLOAT) * config.hidden_size
     shared = config.n_shared_experts * inner
     return rows + router + (_mlp(config, shared, how) if shared else 0)

@@ -94,7 +94,8 @@ class Setup:
     def arithmetic(self) -> Arithmetic:
         """The dtypes of a step."""
         product = 4 if self.precision == "fp32" else 2
-        return Arithmetic(self.weight_bytes, product, self.compiled)
+        stream = 2 if self.precision == "bf16" else 4  # fp16 has too little range for sums
+        return Arithmetic(self.weight_bytes, stream, product, self.compiled)
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def estimate_memory(setup: Setup, inventory: Inventory | None = None) -> Memory:
             **common,
             "gradients": earlier,
             "loss and logits": how.product * at_a_time * rows
-            + (summed + (how.stream if summed != how.stream else 0)) * head
+            + (summed + (how.weight if summed != how.weight else 0)) * head
             + (how.product * head if how.casts else 0),
         },
         "backward": {

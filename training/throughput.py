@@ -227,7 +227,7 @@ def _elementwise_bytes(setup: Setup, inventory: Inventory) -> float:
         moved *= EAGER
     if how.casts:
         # Weights are rounded, their gradients widened.
-        moved += 2 * (how.stream + how.product) * inventory.multiplied
+        moved += 2 * (how.weight + how.product) * inventory.multiplied
     if setup.accumulation > 1:
         moved += 3 * setup.weight_bytes * inventory.parameters
     return moved

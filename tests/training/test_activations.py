@@ -96,7 +96,7 @@ def test_formula_equals_what_a_traced_step_keeps(name, autocast, monkeypatch):
     # Experts as a GPU has them.
     monkeypatch.setattr("tessera.modeling.feed_forward.takes_grouped_products", lambda *_: True)
     config = config_of(name)
-    how = Arithmetic(4 if autocast else 2, 2, compiled=True)
+    how = Arithmetic(4 if autocast else 2, 2, 2, compiled=True)
     layers = sum(sum(kept_by_layer(config, i, how).values()) for i in range(config.num_hidden_layers))
     tokens = ROWS * LENGTH
     expected = tokens * (layers + kept_around_layers(config, how))
