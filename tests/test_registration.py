@@ -65,7 +65,14 @@ def saved(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("order", IMPORTS)
+# Each starts a process of seconds; those that differ most are run daily.
+DAILY = ("tessera alone", "transformers first", "our model first")
+
+
+@pytest.mark.parametrize(
+    "order",
+    [order if order in DAILY else pytest.param(order, marks=pytest.mark.distributed) for order in IMPORTS],
+)
 def test_auto_classes_know_tessera_whatever_is_imported_first(order, saved):
     program = f"{IMPORTS[order]}\n{USE}"
     done = subprocess.run([sys.executable, "-c", program, saved], capture_output=True, text=True)

@@ -117,6 +117,7 @@ def test_of_an_unfinished_run_its_checkpoint_goes_and_the_card_says_so(tmp_path)
     checkpoint.parent.mkdir()
     (run / "final").rename(checkpoint)
     (checkpoint / "optimizer.safetensors").write_bytes(b"state")
+    (checkpoint / "state.json").write_text('{"step": 40}')
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in checkpoint.iterdir()}
     (checkpoint / "manifest.json").write_text(json.dumps(hashes))
     text = release(run, tmp_path / "release")

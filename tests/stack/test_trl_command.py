@@ -13,6 +13,7 @@ from helpers.trainers import stack_model
 from safetensors.torch import load_file
 
 
+@pytest.mark.distributed
 def test_dpo_on_the_command_line_runs_the_code_beside_the_model(tmp_path):
     """Of nanochat, whose head is padded; the reference model is loaded from the directory too."""
     folder, out = stack_model(tmp_path / "model", "nanochat-tiny"), tmp_path / "out"

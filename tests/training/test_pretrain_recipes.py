@@ -420,6 +420,7 @@ def pipeline(tmp_path, monkeypatch) -> Path:
 FLAGS = ["--model_config", "model.yaml", "--train_config", "train.yaml"]
 
 
+@pytest.mark.distributed
 def test_a_pipelines_command_trains_and_resumes(pipeline):
     def launch(*more: str) -> str:
         command = "-m accelerate.commands.launch --cpu --num_processes 1 -m tessera.training.pretrain".split()
