@@ -85,10 +85,13 @@ def test_a_gradient_that_is_not_finite_leaves_its_parameter():
     optimizer.step()
     assert torch.equal(p.detach(), torch.ones(8, 8)) and not updates.norm.isfinite()
     assert (q.detach() < 1).all()
+    # What listens to steps, as routers do, is told.
+    assert optimizer.found_inf > 0
     before = q.detach().clone()
     (p.sum() + q.sum()).backward()
     optimizer.step()
     assert (q.detach() < before).all() and q.detach().isfinite().all() and (p.detach() != 1).any()
+    assert optimizer.found_inf == 0
 
 
 def test_what_cannot_be_updated_in_the_backward_pass_is_refused():
