@@ -87,6 +87,8 @@ def sample_text(
 
 
 def on_one_line(text: str, width: int = 100) -> str:
-    """A text as a line of its own: line breaks shown, the rest cut off."""
+    """A text as a line of its own: line breaks shown, the rest cut off, and nothing that moves a cursor."""
     line = " ".join(text.replace("\n", " ⏎ ").split())
+    # A young model of bytes writes control characters too, which a terminal would obey.
+    line = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
     return line if len(line) <= width else line[: width - 1] + "…"

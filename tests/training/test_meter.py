@@ -131,4 +131,5 @@ def test_the_optimizer_of_a_run_is_measured_and_steps_alike(kind):
 
 def test_a_sample_is_a_line_on_the_way():
     assert on_one_line("a\nb   c") == "a ⏎ b c"
+    assert on_one_line("a\x1b[2Jb\x00") == "a\ufffd[2Jb\ufffd"
     assert len(on_one_line("x" * 500, 80)) == 80
