@@ -79,6 +79,11 @@ def build_optimizer(
         raise ValueError(f"weights must be {', '.join(map(repr, low_precision.WEIGHTS))}, got '{weights}'")
     if moments not in ("fp32", "bf16"):
         raise ValueError(f"moments must be 'fp32' or 'bf16', got '{moments}'")
+    if moments == "bf16" and (weights == "fp32" or kind == "adamw-8bit"):
+        raise ValueError(
+            f"moments 'bf16' are for weights 'bf16' or 'split' and whole moments, got weights '{weights}' "
+            f"and optimizer '{kind}'; leave moments at 'fp32'"
+        )
     if kind == "muon":
         groups = _muon_groups(model, learning_rate, weight_decay, momentum, features, table_scale)
     else:

@@ -192,3 +192,9 @@ def test_the_missing_library_of_eight_bits_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
         build_optimizer(tiny_model("llama-tiny"), "adamw-8bit")
+
+
+@pytest.mark.parametrize(("kind", "weights"), [("muon", "fp32"), ("adamw-8bit", "bf16")])
+def test_bf16_moments_are_refused_where_they_would_not_be_taken(kind, weights):
+    with pytest.raises(ValueError, match=f"got weights '{weights}' and optimizer '{kind}'"):
+        build_optimizer(tiny_model("llama-tiny"), kind, weights=weights, moments="bf16")
