@@ -182,7 +182,7 @@ def _head(folder: Path, recipe: dict, events: list[dict], facts: dict) -> str:
 def _tiles(records: list[dict], facts: dict) -> str:
     bits, losses = _values(records, "val_bits_per_byte"), _values(records, "val_loss")
     tiles = []
-    if bits:
+    if bits and losses:
         before = f"from {bits[0]:.3f}; " if len(bits) > 1 else ""
         tiles.append(
             ("bits per byte, held out", f"{bits[-1]:.4f}", f"{before}{losses[-1]:.4f} nats per token")
