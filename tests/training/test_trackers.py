@@ -71,7 +71,15 @@ class Broken(accelerate.tracking.GeneralTracker):
         self._maybe("finish")
 
 
-@pytest.mark.parametrize("when", ["start", "log", "finish", "hang"])
+@pytest.mark.parametrize(
+    "when",
+    [
+        "log",
+        "hang",
+        pytest.param("start", marks=pytest.mark.slow),
+        pytest.param("finish", marks=pytest.mark.slow),
+    ],
+)
 def test_a_tracker_that_fails_costs_a_sentence(when, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "trackio", Broken)
     monkeypatch.setattr(Broken, "when", when)
