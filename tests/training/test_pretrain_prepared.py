@@ -53,7 +53,7 @@ GIVEN = {"config": "llama-tiny", "sequence_length": 16, "steps": 5, "log_steps":
 def test_prepared_tokens_train_as_their_text_does(prepared, words, tmp_path):
     from_text = tiny_run(tmp_path, tokenizer=str(words), **GIVEN)
     from_tokens = tiny_run(tmp_path, data_file=prepared, save_path=str(tmp_path / "second"), **GIVEN)
-    assert len(untimed_records(from_text.folder)) == 7
+    assert len(untimed_records(from_text.folder)) == 8
     assert untimed_records(from_tokens.folder) == untimed_records(from_text.folder)
     assert from_tokens.after == from_text.after
     weights = [(run.final / "model.safetensors").read_bytes() for run in (from_text, from_tokens)]
