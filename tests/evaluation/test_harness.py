@@ -300,6 +300,7 @@ def test_the_harness_knows_the_model_by_name():
     assert get_model("tessera") is TesseraLM
 
 
+@pytest.mark.distributed
 def test_the_harness_own_command_runs_the_model(folder, write_task):
     tasks = write_task("outside", ITEMS[:3], **CHOICE)
     command = [sys.executable, "-m", "tessera.evaluation.harness", "run", "--model", "tessera"]

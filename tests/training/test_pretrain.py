@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tessera import TesseraConfig, TesseraForCausalLM
 from tessera.data.training_rows import RowSequence
-from tessera.training import pretrain as trainer
+from tessera.training import validation
 from tessera.training.checkpoints import find_checkpoint
 from tessera.training.inputs import encode
 from tessera.training.pretrain import Run
@@ -74,8 +74,8 @@ def test_the_first_and_the_last_validation_see_all_the_text_and_others_a_sample(
         scored.append(trainer_text_loss(*given))
         return scored[-1]
 
-    trainer_text_loss = trainer.text_loss
-    monkeypatch.setattr(trainer, "text_loss", text_loss)
+    trainer_text_loss = validation.text_loss
+    monkeypatch.setattr(validation, "text_loss", text_loss)
     tiny_run(tmp_path, evaluations=1, eval_tokens=64)
     whole = int(len(REPETITIVE) * 0.1) - 1
     first, during, last = [loss.tokens for loss in scored]
