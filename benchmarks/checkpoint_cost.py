@@ -1,6 +1,6 @@
 """What a checkpoint costs training: written beside it, and waited for.
 
-    python benchmarks/checkpoint_cost.py --preset nanochat-d12 --steps 20 --folder /tmp/checkpoints
+    python benchmarks/checkpoint_cost.py --preset nanochat-d12 --steps 20 --folder DIR
 
 A model trains on random tokens, with a checkpoint half-way. Printed are seconds that the loop stood still for
 it, seconds that it took to be written, and by how much the steps around it were slower than the others. The

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 import transformers
+from step_times import step_times
 
 from tessera import TesseraConfig, TesseraForCausalLM
 from tessera.training.cards import CARDS
@@ -159,7 +160,7 @@ def measure(step: Step, seconds: float) -> dict:
     steps = max(3, min(60, round(seconds / each)))
     if step.cuda:
         torch.cuda.reset_peak_memory_stats()
-    times = _step_times(step, steps)
+    times = step_times(step, steps, step.cuda)
     row = {
         **asdict(step.case),
         "micro": step.micro,
@@ -202,24 +203,6 @@ def by_kind(kernels: list[tuple[str, float, int]]) -> dict[str, float]:
         kind = next((kind for kind, words in KINDS if any(word.lower() in low for word in words)), "other")
         found[kind] = found.get(kind, 0.0) + ms
     return {kind: round(ms, 3) for kind, ms in found.items()}
-
-
-def _step_times(step: Step, steps: int) -> list[float]:
-    """Seconds of each step; on a GPU between events, so that the CPU runs ahead as it does in training."""
-    if not step.cuda:
-        times = []
-        for _ in range(steps):
-            start = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - start)
-        return times
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    events[0].record()
-    for event in events[1:]:
-        step()
-        event.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) / 1e3 for a, b in zip(events[:-1], events[1:], strict=True)]
 
 
 def predict(row: dict, device: str) -> dict:

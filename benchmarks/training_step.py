@@ -26,6 +26,7 @@ from collections.abc import Callable
 import torch
 import transformers
 from nanochat_peer import import_nanochat, make_gpt, tessera_weights
+from step_times import step_times
 from torch import nn
 from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig
 
@@ -170,10 +171,10 @@ def measure(
     steps = max(4, min(40, round(seconds * 3 / (time.perf_counter() - start))))
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    times = _step_times(step, steps, cuda)
+    times = step_times(step, steps, cuda)
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
     loss_of().backward()
-    alone = statistics.median(_step_times(optimizer.step, 5, cuda))
+    alone = statistics.median(step_times(optimizer.step, 5, cuda))
     optimizer.zero_grad(set_to_none=True)
     median = statistics.median(times)
     row = {
@@ -192,24 +193,6 @@ def measure(
         events = profiler.key_averages()
         print(events.table(sort_by="self_cuda_time_total", row_limit=16, max_name_column_width=60))
     return row
-
-
-def _step_times(step: Callable[[], torch.Tensor], steps: int, cuda: bool) -> list[float]:
-    """Seconds of each step; on a GPU between events, so that the CPU runs ahead as it does in training."""
-    if not cuda:
-        times = []
-        for _ in range(steps):
-            start = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - start)
-        return times
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    events[0].record()
-    for event in events[1:]:
-        step()
-        event.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) / 1e3 for a, b in zip(events[:-1], events[1:], strict=True)]
 
 
 class Table:
