@@ -21,6 +21,8 @@ from accelerate.utils import broadcast
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from tessera.data.journal import write_durably
+
 from .checkpoint_policy import CheckpointPolicy
 from .checkpoints import (
     clear_leftovers,
@@ -30,7 +32,6 @@ from .checkpoints import (
     step_of,
     write_checkpoint,
 )
-from .durable import replace_text
 from .snapshots import Snapshot, Snapshots
 
 BEST_FILE = "best.json"
@@ -177,9 +178,9 @@ class CheckpointWriter:
                 "checkpoint": place_of(self.folder, self.step).name,
             }
             try:
-                replace_text(self.folder / BEST_FILE, json.dumps(values, indent=2) + "\n")
-            except OSError as error:
-                self.say(f"{self.folder / BEST_FILE} was not written: {_reason(error)}")
+                write_durably(self.folder / BEST_FILE, json.dumps(values, indent=2) + "\n")
+            except ValueError as error:
+                self.say(str(error))
 
     def _agree(self, value: float) -> float:
         """The first process's value."""

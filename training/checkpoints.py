@@ -23,9 +23,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from tessera.data.hashing import file_sha256
+from tessera.data.journal import sync_folder
 from tessera.modeling.configuration_tessera import TesseraConfig
 
-from .durable import free_bytes, sync_folder, write_file
+from .durable import free_bytes, write_file
 from .optimizer_state import restore_state
 from .parallel import load_whole_state_dict
 from .random_state import restore_random_state

@@ -6,35 +6,16 @@ disk. What is in them is `snapshots.py`, and which of them stay is `checkpoint_p
 """
 
 import hashlib
-import json
 import os
 import shutil
-import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
-BLOCK = 2**24  # bytes that are hashed and written at a time
+from tessera.conversion.safetensors_format import WORDS, as_bytes, lay_out
 
-# https://github.com/huggingface/safetensors#format
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+BLOCK = 2**24  # bytes that are hashed and written at a time
 
 
 def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, int | str]:
@@ -67,26 +48,6 @@ def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, int
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Gives a small file another content, or leaves it as it was."""
-    aside = path.with_name(f".{path.name}.partial")
-    aside.unlink(missing_ok=True)
-    write_file(aside, [text.encode("utf-8")])
-    os.replace(aside, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Waits until the disk has the names in a folder."""
-    if os.name == "nt":  # which has no such call, and journals names itself
-        return
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 def safetensors_parts(
     tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> Iterator[bytes | memoryview]:
@@ -101,26 +62,14 @@ def safetensors_parts(
     Raises:
         ValueError: for a dtype that the format does not know.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header, end = {}, 0
-    if metadata:
-        header["__metadata__"] = metadata
-    for name in names:
-        tensor = tensors[name]
-        if tensor.dtype not in _DTYPES:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in WORDS:
             raise ValueError(f"{name} is of {tensor.dtype}, which safetensors cannot hold")
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    yield struct.pack("<Q", len(text)) + text
-    for name in names:
+    start, places = lay_out(tensors, Path(), metadata or {})
+    yield start
+    for name in places:
         if tensors[name].numel():
-            yield memoryview(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+            yield memoryview(as_bytes(tensors[name]).numpy())
 
 
 def free_bytes(path: Path) -> int:

@@ -13,10 +13,10 @@ import yaml
 from accelerate import Accelerator
 
 from tessera.configs.recipes import RECIPE_FILE
+from tessera.data.journal import write_durably
 from tessera.modeling.configuration_tessera import TesseraConfig
 
 from .checkpoints import choose_checkpoint, find_checkpoint
-from .durable import replace_text
 from .pretrain_arguments import PretrainArguments, run_of
 
 
@@ -54,7 +54,7 @@ def begin_folder(folder: Path, replace: bool, config: TesseraConfig, args: Pretr
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     config.to_json_file(folder / "config.json")
-    replace_text(folder / RECIPE_FILE, yaml.safe_dump(asdict(args), sort_keys=False, allow_unicode=True))
+    write_durably(folder / RECIPE_FILE, yaml.safe_dump(asdict(args), sort_keys=False, allow_unicode=True))
 
 
 def goes_on_in_place(resume: bool | str, folder: Path) -> bool:

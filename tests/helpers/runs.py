@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from tessera import TesseraConfig
@@ -112,6 +114,14 @@ def untimed_records(run: Path, key: str = "step") -> list[dict]:
 def tiny_run(folder: Path, resume: bool = False, **given) -> PretrainResult:
     """Trains as `tiny_arguments` says."""
     return pretrain(tiny_arguments(folder, **given), resume=resume)
+
+
+def one_step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    """Trains a model for a step on bytes of chance."""
+    ids = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(seed))
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def without_torchao(errors: str) -> str:

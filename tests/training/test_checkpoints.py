@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers.models import tiny_config, tiny_model
+from helpers.runs import one_step
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tessera import TesseraForCausalLM, build_byte_tokenizer
@@ -28,15 +29,8 @@ def trained(preset: str = "llama-tiny", kind: str = "muon", steps: int = 2, **ov
     model = tiny_model(preset, **SMALL, **overrides).train()
     optimizer = build_optimizer(model, kind, weight_decay=0.01)
     for seed in range(steps):
-        step(model, optimizer, seed)
+        one_step(model, optimizer, seed)
     return model, optimizer
-
-
-def step(model, optimizer, seed: int) -> None:
-    ids = torch.randint(0, 256, (2, 16), generator=torch.Generator().manual_seed(seed))
-    model(ids, labels=ids).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def save(folder, number: int, model, optimizer, **given):
@@ -56,14 +50,14 @@ def test_a_restored_run_goes_on_to_the_same_bits(preset, kind, tmp_path):
     dropout = {"resid_pdrop": 0.2} if preset == "gpt2-tiny" else {}
     model, optimizer = trained(preset, kind, **dropout)
     path = save(tmp_path, 2, model, optimizer)
-    step(model, optimizer, 7)
+    one_step(model, optimizer, 7)
 
     torch.manual_seed(999)
     other = TesseraForCausalLM(tiny_config(preset, **SMALL, **dropout)).train()
     other_optimizer = build_optimizer(other, kind, weight_decay=0.01)
     state = load_checkpoint(path, Accelerator(), other, other_optimizer)
     assert state == {"step": 2, "note": "kept"}
-    step(other, other_optimizer, 7)
+    one_step(other, other_optimizer, 7)
 
     for name, tensor in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor), name
@@ -155,7 +149,7 @@ def test_broken_checkpoints_do_not_push_out_the_good_ones_written_after_them(tmp
 def test_a_step_saved_again_is_replaced(tmp_path):
     model, optimizer = trained()
     save(tmp_path, 5, model, optimizer)
-    step(model, optimizer, 3)
+    one_step(model, optimizer, 3)
     path = save(tmp_path, 5, model, optimizer)
     assert list(tmp_path.iterdir()) == [path]
     weights = TesseraForCausalLM.from_pretrained(path).state_dict()
