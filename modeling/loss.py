@@ -81,14 +81,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, scale):
         hidden_grad, weight_grad = ctx.saved_tensors
+        # In place, unless somebody may come again: a second gradient of the head is a lot of memory.
+        scaled = torch.mul if _may_be_called_again() else torch.Tensor.mul_
         return (
-            None if hidden_grad is None else hidden_grad * scale.to(hidden_grad.dtype),
-            None if weight_grad is None else weight_grad * scale.to(weight_grad.dtype),
+            None if hidden_grad is None else scaled(hidden_grad, scale.to(hidden_grad.dtype)),
+            None if weight_grad is None else scaled(weight_grad, scale.to(weight_grad.dtype)),
             None,
             None,
             None,
             None,
         )
+
+
+def _may_be_called_again() -> bool:
+    """Whether the graph of this backward pass is kept; a compiler looks after memory itself."""
+    if torch.compiler.is_compiling():
+        return True
+    is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return is_kept is None or is_kept()
 
 
 # A compiler that sees the chunks puts all their products first and keeps every logit: 5 GiB at 64k tokens of

@@ -92,6 +92,26 @@ def test_no_tensor_of_all_logits_is_made(monkeypatch):
     assert largest <= 512 * 512 < 4096 * 512
 
 
+def test_backward_makes_no_second_gradient_unless_it_may_be_called_again():
+    hidden, weight, targets = problem()
+    made = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made.append(func)
+            return func(*args, **(kwargs or {}))
+
+    loss = linear_cross_entropy(hidden, weight, targets) / 8
+    with Watch():
+        torch.autograd.grad(loss, (hidden, weight))
+    assert torch.ops.aten.mul.Tensor not in made and torch.ops.aten.mul_.Tensor in made
+
+    loss = linear_cross_entropy(hidden, weight, targets) / 8
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(loss, (hidden, weight)), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_targets_of_another_shape_are_refused():
     hidden, weight, targets = problem()
     with pytest.raises(ValueError, match="targets have the shape"):
