@@ -132,6 +132,7 @@ class Engine:
             momentum=args.momentum,
             muon_features=args.muon_features,
             table_scale=table_scale(args, self.model.config),
+            table_decay=args.table_decay,
             weights=args.weights,
             seed=args.seed,
         )

@@ -28,6 +28,8 @@ NANOCHAT_GROUPS = {
     "head": (0.008, (0.8, 0.96), 1e-10, 0.01),
     "scalars": (0.02, (0.8, 0.95), 1e-10, 0.0),
 }
+# Shares of `table_decay`, in nanochat's proportion.
+TABLE_DECAYS = {"embeddings": 0.1, "value embeddings": 1.0}
 PLAIN_GROUPS = dict.fromkeys(NANOCHAT_GROUPS, (3e-3, (0.8, 0.95), 1e-10, 0.0))
 
 
@@ -40,6 +42,7 @@ def build_optimizer(
     momentum: float = 0.95,
     muon_features: list[str] | None = None,
     table_scale: float = 1.0,
+    table_decay: float | None = None,
     weights: str = "fp32",
     moments: str = "fp32",
     seed: int = 0,
@@ -58,6 +61,8 @@ def build_optimizer(
         muon_features: those of `muon.FEATURES` that Muon uses; default: all.
         table_scale: factor on the rates of embeddings and head beside Muon, for another width than they were
             found at; see `scaling.table_scale`.
+        table_decay: decay of value embeddings beside Muon, of which other embeddings have a tenth; default:
+            0.01 for nanochat's start and 0 for others. Tables learn by heart what a small corpus repeats.
         weights: "fp32" leaves parameters as they are; "bf16" and "split" make them bf16 that learns as fp32
             does, see `low_precision.py`.
         moments: "fp32" or "bf16", of the moments beside such weights; in bf16 they are rounded by chance.
@@ -84,8 +89,13 @@ def build_optimizer(
             f"moments 'bf16' are for weights 'bf16' or 'split' and whole moments, got weights '{weights}' "
             f"and optimizer '{kind}'; leave moments at 'fp32'"
         )
+    if table_decay is not None and kind != "muon":
+        raise ValueError(
+            f"table_decay is of the tables beside muon; optimizer '{kind}' has weight_decay for them"
+        )
     if kind == "muon":
         groups = _muon_groups(model, learning_rate, weight_decay, momentum, features, table_scale)
+        _decay_tables(groups, table_decay)
     else:
         groups = _adamw_groups(model, kind, learning_rate, weight_decay)
     dtype = torch.bfloat16 if moments == "bf16" else torch.float32
@@ -135,6 +145,12 @@ def _muon_groups(
         group["lr"] *= scale
         groups.append(group)
     return groups
+
+
+def _decay_tables(groups: list[dict], decay: float | None) -> None:
+    for group in groups if decay is not None else []:
+        if group["name"] in TABLE_DECAYS:
+            group["weight_decay"] = decay * TABLE_DECAYS[group["name"]]
 
 
 def _group_of(name: str, p: nn.Parameter) -> str:

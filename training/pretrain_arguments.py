@@ -121,6 +121,12 @@ class PretrainArguments:
         None, "Optimizer", "Of the matrices [0.02 for muon, 0.001 for adamw].", above=0
     )
     weight_decay: float | None = told(None, "Optimizer", "Decoupled weight decay [0].", least=0)
+    table_decay: float | None = told(
+        None,
+        "Optimizer",
+        "Weight decay of value embeddings beside muon, ten times that of embeddings [nanochat's 0.01].",
+        least=0,
+    )
     momentum: float = told(0.95, "Optimizer", "Of Muon [0.95].", least=0, most=1)
     momentum_start: float | None = told(None, "Optimizer", "Where it starts [there].", least=0, most=1)
     momentum_warmup_steps: int | None = told(

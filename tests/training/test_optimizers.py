@@ -236,3 +236,17 @@ def test_a_model_with_nanochats_start_learns_at_nanochats_rates():
         "value embeddings": ((0.8, 0.995), 0.01),
         "head": ((0.8, 0.96), 0.01),
     }
+
+
+def test_tables_decay_as_told():
+    def decays(**how):
+        groups = build_optimizer(tiny_model("nanochat-tiny"), "muon", 0.02, 0.1, **how).param_groups
+        return {group["name"]: group["weight_decay"] for group in groups}
+
+    usual, told = decays(), decays(table_decay=0.5)
+    assert (usual["value embeddings"], usual["embeddings"]) == (0.01, 0.001)
+    assert (told["value embeddings"], told["embeddings"]) == (0.5, 0.05)
+    for name in ("matrices", "head", "scalars"):
+        assert told[name] == usual[name]
+    with pytest.raises(ValueError, match="table_decay is of the tables beside muon; optimizer 'adamw'"):
+        build_optimizer(tiny_model("nanochat-tiny"), "adamw", table_decay=0.5)
