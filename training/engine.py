@@ -26,6 +26,7 @@ from tessera.modeling.modeling_tessera import TesseraForCausalLM
 
 from . import compiling, guards
 from .attention_tier import apply_attention, choose_attention, needs_of
+from .cuda_graphs import MOST_LAUNCHING, GraphChoice, GraphedPasses, choose_graphs
 from .feed import Feed
 from .in_backward import InBackward
 from .low_precision import narrow_parameters
@@ -119,6 +120,7 @@ class Engine:
             shard(self.model, layout, device, bf16=precision.mixed_precision == "bf16")
         self.optimizer = self._build_optimizer()
         self.wrapped_optimizer = accelerator.prepare_optimizer(self.optimizer)
+        self.graphs = self._choose_graphs()
         self.runner = self._make_runner()
         self.rows = Prefetcher(feed, device, place_of)
 
@@ -159,6 +161,17 @@ class Engine:
             self.args.z_loss,
         )
 
+    def _choose_graphs(self) -> GraphChoice:
+        args = self.args
+        obstacles = {
+            "several processes": self.layout.processes > 1,
+            "experts, whose loads are counted": bool(compiling.routers_of(self.model)),
+            "gradient_checkpointing": args.gradient_checkpointing,
+            "optimizer_in_backward": args.optimizer_in_backward,
+            "the scaled gradients of fp16": self.accelerator.scaler is not None,
+        }
+        return choose_graphs(args.cuda_graphs, self.accelerator.device, obstacles)
+
     def describe(self) -> Iterator[str]:
         """Lines on what a run is about to do, for its start."""
         yield f"precision: {self.precision}; attention: {self.attention}; {self.compiles}; {self.layout}"
@@ -194,6 +207,7 @@ class Engine:
         for router in compiling.routers_of(self.model):
             router.tally.zero_()
         self.optimizer.zero_grad()
+        self.runner.graphs = None  # recordings hold memory
         free_memory(self.accelerator.device)
         self.rows.forget()
         rows = -(-self.args.batch_size // self.layout.data_size)  # of a largest step
@@ -226,6 +240,8 @@ class Engine:
                     done.add(todo[0])
                 else:
                     shapes = self._shapes(first)
+            if self.graphs.on:
+                self._record(shapes)
             self._step_without_effect(shapes[0])
         if self.compiles.on:
             self.say(f"compiled in {time.perf_counter() - started:.0f} s; the clock of the run starts now")
@@ -252,6 +268,27 @@ class Engine:
             return self._try(shape)
         self.optimizer.zero_grad()
         return True
+
+    def _record(self, shapes: list[tuple[int, int]]) -> None:
+        """Records the pass of each shape, if the host is seen to be slower than the device with one."""
+        passes = GraphedPasses(self.runner.run, self.runner.parameters)
+        batches = [self._dummy(shape) for shape in shapes]
+        share = max(passes.launching(data.batches[0], data.counted) for data in batches)
+        if self.graphs.measured and share < MOST_LAUNCHING:
+            self.graphs = GraphChoice(False, why=f"launching takes {share:.0%} of a pass: the GPU is busy")
+        else:
+            try:
+                for data in batches:
+                    passes.record(data.batches[0], data.counted)
+                self.runner.graphs = passes
+                self.graphs = GraphChoice(True, why=f"launching took {share:.0%} of a pass")
+            except RuntimeError as error:  # memory that runs out is one too
+                if not self.graphs.measured:
+                    raise
+                self.graphs = GraphChoice(False, why=f"recording failed: {str(error).splitlines()[0]}")
+        self.optimizer.zero_grad()
+        free_memory(self.accelerator.device)
+        self.say(f"launching kernels: {self.graphs}")
 
     def _without_compiling(self) -> None:
         if self.compiles.by_layer:

@@ -180,6 +180,12 @@ class PretrainArguments:
         "auto (where there is a GPU), on or off [auto].",
         choices=("auto", "on", "off"),
     )
+    cuda_graphs: str = told(
+        "auto",
+        "Precision and memory",
+        "auto (where launching kernels takes longer than they do: small models), on or off [auto].",
+        choices=("auto", "on", "off"),
+    )
     attention: str = told(
         "auto",
         "Precision and memory",

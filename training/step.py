@@ -17,6 +17,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
+from .cuda_graphs import GraphedPasses
 from .parallel import Layout, gradient_sync
 from .precision import Precision
 
@@ -148,6 +149,7 @@ class StepRunner:
         # Doubles hold the clock of a long run; some devices have none.
         kind = torch.float32 if accelerator.device.type == "mps" else torch.float64
         self.values = torch.zeros(8, dtype=kind, device=accelerator.device)
+        self.graphs: GraphedPasses | None = None
         # Once memory has run out somewhere no step may be taken until that one is done again.
         self.halted = torch.zeros((), dtype=torch.float32, device=accelerator.device)
 
@@ -184,16 +186,26 @@ class StepRunner:
         """
         self._in_last_backward = False
         total = torch.zeros((), device=self.accelerator.device)
+        if self.graphs is not None:
+            self.graphs.begin()
         for i, batch in enumerate(data.batches, start=1):
+            if self.graphs is not None:
+                total += self.graphs(batch, data.counted)
+                continue
             last = sync and i == len(data.batches)
-            with gradient_sync(self.model, last), self.context():
-                with self.precision.autocast(self.accelerator.device):
-                    loss = self._loss(batch, data.counted)
-                self._in_last_backward = last
-                # Processes average their gradients; the loss is already divided by the tokens of all.
-                self.accelerator.backward(loss * self.layout.data_size)
-            total += loss.detach()
+            with gradient_sync(self.model, last):
+                total += self.run(batch, data.counted, last)
         return total
+
+    def run(self, batch: dict[str, torch.Tensor], counted: torch.Tensor, last: bool = False) -> torch.Tensor:
+        """Forward and backward pass of one micro-batch, the last of a step or not; returns its loss."""
+        with self.context():
+            with self.precision.autocast(self.accelerator.device):
+                loss = self._loss(batch, counted)
+            self._in_last_backward = last
+            # Processes average their gradients; the loss is already divided by the tokens of all.
+            self.accelerator.backward(loss * self.layout.data_size)
+        return loss.detach()
 
     def _loss(self, batch: dict[str, torch.Tensor], counted: torch.Tensor) -> torch.Tensor:
         return self.model(**batch, num_items_in_batch=counted, use_cache=False, **self.terms).loss
