@@ -9,10 +9,15 @@ import dataclasses
 from tessera.configs.resolve import is_byte_gpt_file
 from tessera.modeling.accounting import count_costs
 
-from .feed import Feed
-from .inputs import open_corpora, read_model_config
+from .feed import Feed, choose_accumulation, read_schedules
+from .in_backward import require_whole_steps
+from .inputs import open_corpora, read_model_config, row_length
+from .optimizers import ADAMW_RATE, MATRIX_RATE
+from .parallel import choose_layout
 from .pretrain_arguments import PretrainArguments
 from .scaling import describe_scale, flops_per_token, measure, scale_arguments
+from .schedules import mean_size, warmup_share
+from .trackers import check_trackers
 
 
 def describe_run(args: PretrainArguments, processes: int = 1) -> str:
@@ -24,18 +29,25 @@ def describe_run(args: PretrainArguments, processes: int = 1) -> str:
         processes: that it would be started on.
 
     Raises:
-        ValueError: for what would keep the run from starting, as far as arguments and data show it.
+        ValueError: for what would keep the run from starting, as far as arguments and data show it: what a
+            GPU can do is not looked at, for the run may be meant for another machine.
     """
     if args.optimizer is None:
         args = dataclasses.replace(args, optimizer="adamw" if is_byte_gpt_file(args.config) else "muon")
+    processes = choose_layout(args, processes, 0).data_size
+    check_trackers(args.trackers)
     config, is_preset = read_model_config(args.config, args.depth)
     corpora = []
     if args.data_file:
         documents = args.packing != "contiguous" or args.isolate_documents
         follow = is_preset and args.ckpt_path is None
         corpora, config = open_corpora(args.data_file, args.tokenizer, config, follow, documents)
-    length = args.sequence_length or min(config.max_position_embeddings, 1024)
+    length = row_length(args, config)
     args = scale_arguments(args, config, length, processes)
+    accumulation = choose_accumulation(args, processes)
+    if args.optimizer_in_backward:
+        require_whole_steps(accumulation)
+    stages, _ = read_schedules(args, length)
     costs, sizes = count_costs(config), measure(config)
     lines = [
         f"model: {config.num_hidden_layers} layers of {config.hidden_size}, {config.num_attention_heads} "
@@ -46,6 +58,9 @@ def describe_run(args: PretrainArguments, processes: int = 1) -> str:
     step = f"{args.batch_size} x {length} = {batch:,} tokens"
     if args.batch_schedule:
         step = f"up to {step} ({', '.join(args.batch_schedule)})"
+    rows = -(-args.batch_size // (processes * accumulation))
+    parts = f"a step: {accumulation} x {_count(rows, 'row')}"
+    parts += f" on each of {processes} processes" if processes > 1 else ""
     total = None
     if corpora:
         feed = Feed(corpora, args, length, 0, processes)
@@ -54,22 +69,34 @@ def describe_run(args: PretrainArguments, processes: int = 1) -> str:
         have = sum(len(corpus.train.ids) for corpus in corpora)
         lines.append(f"data: {have:,} tokens to train on")
     else:
-        limits = [limit for limit in (args.tokens, args.steps and args.steps * batch) if limit]
-        total = min(limits) if limits else None
-        steps = None if total is None else max(1, round(total / batch))
+        mean = mean_size(stages) * length
+        limits = [limit for limit in (args.tokens, args.steps and args.steps * mean) if limit]
+        total = int(min(limits)) if limits else None
+        steps = None if total is None else max(1, round(total / mean))
+    warmup_share(args, steps or (args.epochs and 1))
     if total is None:
-        whole = f"{args.minutes:g} minutes" if args.minutes else f"{args.epochs:g} epochs of the data"
+        limits = [args.minutes and _count(args.minutes, "minute")]
+        limits.append(args.epochs and f"{_count(args.epochs, 'epoch')} of the data")
+        whole = " or ".join(filter(None, limits))
         lines.append(f"length: {whole}, in steps of {step}")
     else:
         flops = total * flops_per_token(config, length)
-        end = f", or {args.minutes:g} minutes" if args.minutes else ""
+        end = f", or {_count(args.minutes, 'minute')}" if args.minutes else ""
         lines.append(
             f"length: {steps:,} steps of {step}: {total:,} tokens, {total / sizes.parameters:.3g} a "
             f"parameter, {flops:.3g} FLOPs{end}"
         )
-    rate = "its own" if args.learning_rate is None else f"{args.learning_rate:.4g}"
+    lines.append(parts)
+    rate = args.learning_rate
+    if rate is None:
+        rate = MATRIX_RATE if args.optimizer == "muon" else ADAMW_RATE
+    fall = "constant" if args.schedule == "constant" else f"{args.schedule} down to {args.floor:g} of it"
     lines.append(
-        f"rates: {args.optimizer}, learning rate {rate}, weight decay {args.weight_decay:.4g}; "
-        f"{args.schedule} down to {args.floor:g} of it"
+        f"rates: {args.optimizer}, learning rate {rate:.4g}, weight decay {args.weight_decay:.4g}; {fall}"
     )
     return "\n".join([*lines, *filter(None, [describe_scale(args)])])
+
+
+def _count(number: float, what: str) -> str:
+    """A number and what it counts: 1 row, 2 rows."""
+    return f"{number:g} {what}{'' if number == 1 else 's'}"

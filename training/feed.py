@@ -22,7 +22,7 @@ from tessera.evaluation.bits_per_byte import TextLoss
 
 from .inputs import Corpus
 from .pretrain_arguments import PretrainArguments
-from .schedules import mean_size, read_stages, sizes_over_steps
+from .schedules import Stage, mean_size, read_stages, sizes_over_steps
 
 
 class Feed:
@@ -67,41 +67,11 @@ class Feed:
         ]
         weights = [corpus.weight for corpus in corpora]
         self.sequence = RowSequence(rows, weights, args.seed, args.isolate_documents)
-        stages = read_stages(args.batch_schedule or [f"0:{args.batch_size}"], "batch_schedule")
-        lengths = read_stages(args.length_schedule or [f"0:{length}"], "length_schedule")
-        for stage in lengths:
-            if length % stage.size:
-                raise ValueError(
-                    f"length_schedule: windows of {stage.size} do not divide rows of {length}, the longest"
-                )
+        stages, lengths = read_schedules(args, length)
         self.total_steps = self._count_steps(mean_size(stages))
-        if self.total_steps is None and (args.batch_schedule or args.length_schedule):
-            raise ValueError(
-                "batch_schedule and length_schedule need a length in steps, epochs or tokens; minutes may "
-                "end the run sooner"
-            )
         self._batches = sizes_over_steps(stages, self.total_steps or 0)
         self._lengths = sizes_over_steps(lengths, self.total_steps or 0)
-        self.accumulation = self._choose_accumulation()
-
-    def _choose_accumulation(self) -> int:
-        """Parts that a process takes its rows of a step in; even ones where that can be."""
-        args, count = self.args, self.args.accumulation or 1
-        if args.micro_batch_size:
-            rows = -(-args.batch_size // self.processes)
-            count = -(-rows // args.micro_batch_size)
-            if args.batch_size % self.processes == 0:
-                count = next(parts for parts in range(count, rows + 1) if rows % parts == 0)
-        if args.batch_size // self.processes < count:
-            raise ValueError(
-                f"batch_size ({args.batch_size}) leaves some of {count} micro-batches on each of "
-                f"{self.processes} processes without a row"
-            )
-        if (least := min(self._batches.sizes)) < self.processes:
-            raise ValueError(
-                f"batch_schedule: {least} rows leave some of {self.processes} processes without one"
-            )
-        return count
+        self.accumulation = choose_accumulation(args, processes)
 
     def _count_steps(self, rows: float) -> int | None:
         """Steps until the first limit is reached that is no matter of minutes, with so many rows each."""
@@ -225,6 +195,58 @@ class Feed:
             if known
             else None,
         )
+
+
+def read_schedules(args: PretrainArguments, length: int) -> tuple[list[Stage], list[Stage]]:
+    """The rows of a step and the windows that they are cut into, each of one size or of several in turn.
+
+    Args:
+        args: of the run.
+        length: positions in a row.
+
+    Raises:
+        ValueError: if a window does not divide a row, or sizes change and there are no steps to go by.
+    """
+    stages = read_stages(args.batch_schedule or [f"0:{args.batch_size}"], "batch_schedule")
+    lengths = read_stages(args.length_schedule or [f"0:{length}"], "length_schedule")
+    for stage in lengths:
+        if length % stage.size:
+            raise ValueError(
+                f"length_schedule: windows of {stage.size} do not divide rows of {length}, the longest"
+            )
+    if (args.batch_schedule or args.length_schedule) and args.steps is args.epochs is args.tokens is None:
+        raise ValueError(
+            "batch_schedule and length_schedule need a length in steps, epochs or tokens; minutes may end "
+            "the run sooner"
+        )
+    return stages, lengths
+
+
+def choose_accumulation(args: PretrainArguments, processes: int) -> int:
+    """Parts that a process takes its rows of a largest step in; even ones where that can be.
+
+    Args:
+        args: of the run.
+        processes: that have rows of their own.
+
+    Raises:
+        ValueError: if the rows of a step are fewer than their parts.
+    """
+    count = args.accumulation or 1
+    if args.micro_batch_size:
+        rows = -(-args.batch_size // processes)
+        count = -(-rows // args.micro_batch_size)
+        if args.batch_size % processes == 0:
+            count = next(parts for parts in range(count, rows + 1) if rows % parts == 0)
+    if args.batch_size // processes < count:
+        raise ValueError(
+            f"batch_size {args.batch_size} is less than a row for each micro-batch of each process "
+            f"({count} x {processes}); give {count * processes} or more"
+        )
+    stages = read_stages(args.batch_schedule or [f"0:{args.batch_size}"], "batch_schedule")
+    if (least := min(stage.size for stage in stages)) < processes:
+        raise ValueError(f"batch_schedule: {least} rows leave some of {processes} processes without one")
+    return count
 
 
 def cut(batch: Batch, length: int) -> Batch:

@@ -16,6 +16,19 @@ from .matrix_batches import local
 from .mixed_optimizer import MuonAdamW
 
 
+def require_whole_steps(accumulation: int) -> None:
+    """Refuses steps of several backward passes, each of which would be one.
+
+    Raises:
+        ValueError: for more than one micro-batch.
+    """
+    if accumulation > 1:
+        raise ValueError(
+            f"optimizer_in_backward updates with the gradient of each backward pass, and accumulation "
+            f"{accumulation} adds up several; give accumulation 1 or a smaller batch"
+        )
+
+
 class InBackward:
     """Attaches to an optimizer, whose `step` after the backward pass then only ends the step.
 
@@ -37,17 +50,13 @@ class InBackward:
 
     def __init__(self, optimizer: MuonAdamW, clip: float = 0.0, accumulation: int = 1):
         groups = {p: group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
-        if accumulation > 1:
-            raise ValueError(
-                f"optimizer_in_backward updates with the gradient of each backward pass, and accumulation "
-                f"{accumulation} adds up several; give accumulation 1 or a smaller batch"
-            )
+        require_whole_steps(accumulation)
         split = [p for p in groups if isinstance(p, DTensor)]
         together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if together and len(split) < len(groups):
             raise ValueError(
                 "optimizer_in_backward sees gradients before DDP has averaged them over the processes; "
-                "choose --parallel fsdp2, or one process"
+                "choose --parallel fsdp, or one process"
             )
         if any(groups[p]["kind"] == "muon" and p.ndim == 2 for p in split):
             raise ValueError(

@@ -29,6 +29,7 @@ from tessera.modeling.modeling_tessera import TesseraForCausalLM
 from tessera.tokenization import build_byte_tokenizer
 
 from .pipeline_names import model_in_our_words
+from .pretrain_arguments import PretrainArguments
 
 TOKENIZER_META = "tokenizer_meta.json"
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -173,6 +174,21 @@ def read_model_config(given: str, depth: int | None = None) -> tuple[TesseraConf
         return TesseraConfig(**values), False
     except (StrictDataclassError, ValueError) as error:
         raise ValueError(f"--config {given}: {first_sentence(error)}") from error
+
+
+def row_length(args: PretrainArguments, config: TesseraConfig) -> int:
+    """Positions in a row: what was asked for, else the model's context, at most 1024.
+
+    Raises:
+        ValueError: if the model has no such context.
+    """
+    context = config.max_position_embeddings
+    length = args.sequence_length or min(context, 1024)
+    if length > context:
+        raise ValueError(
+            f"sequence_length {length} is longer than the model's context of {context} positions"
+        )
+    return length
 
 
 def adopt_vocabulary(config: TesseraConfig, weights: Path) -> TesseraConfig:

@@ -19,6 +19,7 @@ __all__ = ["MuonAdamW", "build_optimizer", "describe", "orthogonalize"]
 KINDS = ("muon", "adamw", "adamw-8bit")
 
 MATRIX_RATE = 0.02  # nanochat's, for Muon
+ADAMW_RATE = 1e-3
 # AdamW beside it: learning rate, betas, eps and decay of each group. With nanochat's start the embedding is
 # normed right away and has a large spread, and the head starts near zero: these are nanochat's settings, the
 # rates for a width of 768 and a batch of 2^19 tokens. Other starts take the usual ones.
@@ -108,7 +109,7 @@ def build_optimizer(
 def _adamw_groups(
     model: nn.Module, kind: str, learning_rate: float | None, weight_decay: float
 ) -> list[dict]:
-    rate = 1e-3 if learning_rate is None else learning_rate
+    rate = ADAMW_RATE if learning_rate is None else learning_rate
     named = list(model.named_parameters())
     groups = [
         {"name": "matrices", "params": [each for each in named if each[1].ndim >= 2], "kind": kind},

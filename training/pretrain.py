@@ -39,7 +39,7 @@ from .feed import Feed
 from .final_model import draw_curves, write_final
 from .gradient_statistics import GradientStatistics
 from .guards import BadSteps, SkippedSteps
-from .inputs import adopt_vocabulary, make_model, open_corpora, read_model_config
+from .inputs import adopt_vocabulary, make_model, open_corpora, read_model_config, row_length
 from .meter import Meter, Smoothed, find_peak, flops_per_token
 from .pretrain_arguments import PretrainArguments, run_of
 from .progress import Progress
@@ -149,12 +149,7 @@ class Run:
         self.tokenizer = self.corpora[0].tokenizer
         if smoke and weights is None:
             config = small_config(config)
-        self.length = args.sequence_length or min(config.max_position_embeddings, 1024)
-        if self.length > config.max_position_embeddings:
-            raise ValueError(
-                f"sequence_length {self.length} is longer than the model's context of "
-                f"{config.max_position_embeddings} positions"
-            )
+        self.length = row_length(args, config)
         self.args = args = scale_arguments(args, config, self.length, self.layout.data_size)
         self.feed = Feed(self.corpora, args, self.length, self.layout.data_rank, self.layout.data_size)
         self.prompt = encode_prompt(args.sample_prompt, self.tokenizer, config.max_position_embeddings)

@@ -95,9 +95,7 @@ def test_any_split_of_a_step_reads_each_row_once(processes, given):
 
 
 def test_fewer_rows_than_processes_are_refused():
-    with pytest.raises(
-        ValueError, match=r"batch_size \(3\) leaves some of 1 micro-batches on each of 4 proc"
-    ):
+    with pytest.raises(ValueError, match=r"batch_size 3 is less than a row .* \(1 x 4\); give 4 or more"):
         make_feeds(4, batch_size=3)
 
 

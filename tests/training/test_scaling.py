@@ -200,5 +200,26 @@ def test_a_dry_run_says_what_a_run_would_be_and_leaves_nothing(tmp_path, capsys,
     out = dry_run(capsys, "--config", "llama-tiny", "--data", text, "--epochs", 2, "--sequence-length", 32)
     steps = Run(tiny_arguments(tmp_path, config="llama-tiny", steps=None, epochs=2, batch_size=8)).total_steps
     assert f"{steps} steps of 8 x 32 = 256 tokens" in out and "chosen" not in out
-    assert "1 epochs of the data" in dry_run(capsys, "--config", "llama-tiny")
+    assert "1 epoch of the data" in dry_run(capsys, "--config", "llama-tiny")
+    out = dry_run(capsys, "--config", "llama-tiny", "--steps", 8, "--batch-schedule", "0:2,0.5:6")
+    assert "8 steps of up to 6 x 512 = 3,072 tokens (0:2, 0.5:6): 16,384 tokens" in out
+    assert "a step: 1 x 6 rows" in out and "learning rate 0.02" in out
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        ("--batch-size 2 --accumulation 3", "batch_size 2 is less than a row for each micro-batch"),
+        ("--batch-schedule 0:2,0.5:4 --minutes 1", "batch_schedule and length_schedule need a length in"),
+        ("--length-schedule 0:3,0.5:64 --steps 4", "windows of 3 do not divide rows of 64"),
+        ("--warmup-steps 4 --minutes 1", "warmup_steps needs a length in steps"),
+        ("--sequence-length 9999", "longer than the model's context of 512"),
+        ("--tensor-parallel 2", "does not divide the 1 process"),
+        ("--optimizer-in-backward --accumulation 2", "accumulation 2 adds up several"),
+    ],
+)
+def test_a_dry_run_without_data_refuses_what_the_run_would(flags, sentence, capsys):
+    with pytest.raises(SystemExit) as exit:
+        cli.run(["pretrain", "--dry-run", "--config", "llama-tiny", *flags.split()])
+    assert exit.value.code == 2 and sentence in capsys.readouterr().err
