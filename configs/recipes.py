@@ -42,6 +42,15 @@ def read_recipe(given: str) -> dict[str, Any]:
     Raises:
         ValueError: if it is none of them, or does not hold keys and values.
     """
+    values = _read(given)
+    if not values:
+        raise ValueError(
+            f"the recipe {given} is empty; a recipe has one 'key: value' a line, such as steps: 100"
+        )
+    return values
+
+
+def _read(given: str) -> dict[str, Any]:
     path = Path(given)
     # os.path has no opinion on names that no file can have; they are no recipe either.
     if os.path.isdir(given) and (path / RECIPE_FILE).is_file():

@@ -357,7 +357,8 @@ def gather_arguments(
     ):
         if name not in values:
             option = "--data" if name == "data_file" else f"--{name}"
-            raise ValueError(f"option '{option}' is missing: {meaning}")
+            nor = "" if recipe is None else f", and '{name}' in {recipe}"
+            raise ValueError(f"option '{option}' is missing{nor}: {meaning}")
     return PretrainArguments(**values)
 
 
