@@ -3,14 +3,15 @@
 What belongs here: how a plan is told.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from .memory import GIB
 from .planner import MOST_CARDS, Plan, tokens_per_second
 
 
-def as_dict(plan: Plan) -> dict[str, Any]:
-    """All figures of a plan, for `--json`."""
+def as_dict(plan: Plan, steps: float | None = None, notes: Sequence[str] = ()) -> dict[str, Any]:
+    """All figures of a plan, for `--json`; arguments as in `report`."""
     setup = plan.setup
     return {
         "model": plan.name,
@@ -42,7 +43,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         "utilization": plan.utilization,
         "ceiling_flops": plan.rates.ceiling,
         "tokens": plan.tokens,
-        "steps": plan.tokens / plan.step_tokens,
+        "steps": plan.tokens / plan.step_tokens if steps is None else steps,
         "hours": plan.hours,
         "energy_kwh": plan.card.watts * setup.gpus * plan.hours / 1000,
         "cost": None if plan.price is None else plan.price * setup.gpus * plan.hours,
@@ -57,6 +58,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
             }
             for change in plan.changes
         ],
+        "notes": list(notes),
     }
 
 
@@ -68,8 +70,14 @@ MOMENTS = {
 }
 
 
-def report(plan: Plan) -> str:
-    """A plan as it is printed."""
+def report(plan: Plan, steps: float | None = None, notes: Sequence[str] = ()) -> str:
+    """A plan as it is printed.
+
+    Args:
+        plan: what is known of the run.
+        steps: of the whole run; default: as many as are of the plan's size.
+        notes: sentences on how the plan came about.
+    """
     setup, memory = plan.setup, plan.memory
     cards = f"{setup.gpus} x {plan.card.title}" if setup.gpus > 1 else plan.card.title
     active = "" if plan.costs.active == plan.costs.parameters else f", {short(plan.costs.active)} for a token"
@@ -109,10 +117,11 @@ def report(plan: Plan) -> str:
         if seconds >= 0.005 * plan.times.step
     ]
     lines.append("")
-    steps = plan.tokens / plan.step_tokens
+    steps = plan.tokens / plan.step_tokens if steps is None else steps
     lines.append(
         f"run     {short(plan.tokens)} tokens, {steps:,.0f} steps: {duration(plan.hours)}{_bill(plan)}"
     )
+    lines += [f"note    {note}" for note in notes]
     if plan.changes:
         lines += ["", *_advice(plan)]
     return "\n".join(lines)

@@ -48,7 +48,7 @@ def plan(
     optimizer_in_backward: Annotated[
         bool | None, typer.Option(help="Each gradient is used as soon as it is there.")
     ] = None,
-    parallel: Annotated[str | None, typer.Option(help="ddp or fsdp, over several cards [ddp].")] = None,
+    parallel: Annotated[str | None, typer.Option(help="ddp, fsdp or hsdp, over several cards [ddp].")] = None,
     price: Annotated[float | None, typer.Option(help="Dollars for an hour of one card.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="All figures, for a program.")] = False,
 ) -> None:
@@ -79,4 +79,5 @@ def plan(
         parallel=parallel,
         price=price,
     )
-    typer.echo(json.dumps(as_dict(made), indent=1) if as_json else report(made))
+    told = (made.plan, made.steps, made.notes)
+    typer.echo(json.dumps(as_dict(*told), indent=1) if as_json else report(*told))

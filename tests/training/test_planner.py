@@ -119,7 +119,7 @@ def test_every_preset_has_a_plan(name):
 
 @pytest.mark.parametrize("gpu", sorted(CARDS))
 def test_every_card_has_a_plan(gpu):
-    plan = plan_run("llama-tiny", gpu=gpu, price=2.0)
+    plan = plan_run("llama-tiny", gpu=gpu, price=2.0).plan
     assert plan.hours > 0 and plan.fits
     assert plan.setup.precision == ("bf16" if "bf16" in CARDS[gpu].peaks else "fp16")
     assert f"${plan.hours * 2:,.2f}" in report(plan)
@@ -127,10 +127,46 @@ def test_every_card_has_a_plan(gpu):
 
 def test_a_recipe_is_planned_as_it_stands():
     told = gather_arguments({"data_file": "-"}, "gpt2-124m")
-    plan = plan_run(None, "gpt2-124m", gpu="h200")
+    plan = plan_run(None, "gpt2-124m", gpu="h200").plan
     for name in ("batch_size", "micro_batch_size", "sequence_length", "optimizer"):
         assert getattr(plan.setup, name) == getattr(told, name)
-    assert plan_run(None, "gpt2-124m", gpu="h200", batch_size=64).setup.batch_size == 64
+    assert plan_run(None, "gpt2-124m", gpu="h200", batch_size=64).plan.setup.batch_size == 64
+
+
+def test_a_preset_alone_is_planned_in_half_a_million_tokens_a_step_and_the_flags_are_named():
+    run = plan_run("llama-100m", gpu="h200")
+    assert run.plan.step_tokens == 2**19 and run.plan.setup.sequence_length == 2048
+    assert run.notes == (
+        "chosen here: --batch-size 256 --sequence-length 2048; otherwise `tessera pretrain` takes 8 and 1024",
+    )
+    assert not plan_run("llama-100m", gpu="h200", batch_size=16, sequence_length=512).notes
+
+
+def test_a_schedule_of_batches_is_counted_with_its_batches(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "config: llama-tiny\nsteps: 100\nbatch_schedule: {0: 8, 0.5: 24}\nsequence_length: 256\n"
+    )
+    run = plan_run(None, str(recipe), gpu="h200")
+    assert run.plan.setup.batch_size == 24 and run.steps == 100
+    assert run.plan.tokens == 100 * 16 * 256
+    text = report(run.plan, run.steps, run.notes)
+    assert "410k tokens, 100 steps" in text and "note    memory and speed are those of the schedule's" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "note"),
+    [
+        ({"parallel": "hsdp"}, "hsdp is planned as fsdp over all 4 cards"),
+        ({"tensor_parallel": 2}, "tensor_parallel is not planned"),
+        ({"epochs": 2, "tokens": None}, "20 tokens for each parameter are planned"),
+        ({"length_schedule": "0:128,0.5:256", "steps": 9}, "as long as the longest, 256"),
+    ],
+)
+def test_a_plan_says_what_it_plans_otherwise_than_it_would_be_run(recipe, note, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"config": "llama-tiny", "tokens": 10**6, **recipe}))
+    (said,) = plan_run(None, str(tmp_path / "recipe.yaml"), gpu="h200", gpus=4).notes
+    assert note in said
 
 
 @pytest.mark.parametrize(
