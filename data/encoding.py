@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from .filters import Dropped, Filters
+from .hub_errors import TOKENIZER_FILES, why_missing
 from .token_files import smallest_dtype
 from .word_encoding import WordEncoder, known_pattern
 
@@ -208,6 +209,8 @@ def load_tokenizer(given: str):
 
     if "/" not in given.strip("/") and not Path(given).exists():
         raise ValueError(f"there is no tokenizer directory {given}; make one with tessera tokenizer")
+    if reason := why_missing(given, TOKENIZER_FILES):
+        raise ValueError(f"tokenizer {given} cannot be loaded: {reason}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(given)
     except Exception as error:  # tokenizers raises nothing narrower for a broken file

@@ -3,6 +3,12 @@
 What belongs here: errors that a user can do something about. All others stay what they are.
 """
 
+import os
+from collections.abc import Sequence
+
+SECONDS_FOR_AN_ANSWER = 10.0
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
 
 def why_refused(error: BaseException | None, endpoint: str, repo: str, reads: bool = False) -> str | None:
     """A sentence on an error of `huggingface_hub`; None for one that is not about the Hub.
@@ -54,6 +60,36 @@ def why_refused(error: BaseException | None, endpoint: str, repo: str, reads: bo
     if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         # Of a snapshot that could not be fetched.
         return why_refused(error.__cause__, endpoint, repo, reads)
+    return None
+
+
+def why_missing(given: str, files: Sequence[str]) -> str | None:
+    """Why a name is neither a directory here nor a model on the Hub; None if it is, or nobody can tell.
+
+    The Hub is asked once: loaders ask it again and again for a minute before they give up.
+
+    Args:
+        given: the name.
+        files: that it may have; where one was fetched before, the Hub is not asked.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if os.path.exists(given):
+        return None
+    missing = f"there is no directory {given}"
+    api = HfApi()
+    try:
+        if any(isinstance(try_to_load_from_cache(given, file), str) for file in files):
+            return None
+        api.model_info(given, timeout=SECONDS_FOR_AN_ANSWER)
+    except HFValidationError:  # a path, and no name that the Hub could have
+        return missing
+    except Exception as error:
+        if may_pass(error) and not _is_of_connection(error):
+            return None
+        reason = why_refused(error, api.endpoint, given, reads=True)
+        return reason and f"{missing}, and {reason}"
     return None
 
 

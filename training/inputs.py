@@ -19,6 +19,7 @@ from tessera.configs.recipes import read_yaml
 from tessera.configs.resolve import resolve_config
 from tessera.conversion.model_args import config_from_model_args, is_model_args
 from tessera.data.corpora import PreparedCorpus, meaning_of, open_folders
+from tessera.data.hub_errors import TOKENIZER_FILES, why_missing
 from tessera.data.mixing import parse_source
 from tessera.data.sources import read_documents
 from tessera.data.text import Tokens, split_documents
@@ -210,6 +211,8 @@ def load_tokenizer(given: str | None) -> tuple[object, Path | None]:
     """
     if given is None:
         return build_byte_tokenizer(), None
+    if reason := why_missing(given, TOKENIZER_FILES):
+        raise ValueError(f"tokenizer {given} cannot be loaded: {reason}")
     try:
         return AutoTokenizer.from_pretrained(given), Path(given) if Path(given).is_dir() else None
     except Exception as error:  # tokenizers raises nothing narrower for a broken file

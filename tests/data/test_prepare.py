@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -26,6 +27,7 @@ from tessera.data.filters import Filters, choose_filters
 from tessera.data.mixing import MIXTURES, Source, parse_source
 from tessera.data.prepare import prepare
 from tessera.data.text import MANY_DOCUMENTS
+from tessera.training.inputs import load_tokenizer
 
 
 def documents(count: int, seed: int = 0) -> list[str]:
@@ -488,6 +490,27 @@ def test_a_tokenizer_that_cannot_be_read_is_refused(tmp_path):
         ):
             prepare([source], tmp_path / "out", tokenizer=str(tmp_path / "broken"))
         assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("./none/tokenizer", "there is no directory ./none/tokenizer$"),
+        (
+            "someone/tokenizr",
+            "no directory someone/tokenizr, and the Hub at http://127.0.0.1:9 cannot be reach",
+        ),
+    ],
+)
+def test_a_tokenizer_that_is_nowhere_is_refused_at_once(given, reason, tmp_path, monkeypatch):
+    """The Hub's own client would try for a minute."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    source, started = Source(write(tmp_path / "a.jsonl", documents(30))), time.monotonic()
+    for load in (lambda: prepare([source], tmp_path / "out", tokenizer=given), lambda: load_tokenizer(given)):
+        with pytest.raises(ValueError, match=f"tokenizer {given} cannot be loaded: .*{reason}"):
+            load()
+    assert time.monotonic() - started < 5
 
 
 def test_a_broken_source_leaves_nothing_and_an_earlier_result_is_never_touched(tmp_path):
