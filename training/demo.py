@@ -18,6 +18,7 @@ from tessera.data.prepare import prepare
 from tessera.data.token_files import is_prepared
 
 from .pretrain import PretrainArguments, PretrainResult, Run
+from .samples import for_a_terminal
 
 PRESET = "bytes-demo"
 DEMO_MARK = ".tessera-demo"
@@ -85,7 +86,7 @@ def run_demo(minutes: float = 2.5, data: str | None = None, save_path: str = "ru
     run = Run(args, replace=True)
     _claim(folder)
     result = run.run()
-    print(f"sample:\n{result.sample}\n")
+    print(f"sample:\n{for_a_terminal(result.sample)}\n")
     print(f"loading {result.final} in a new process:", flush=True)
     subprocess.run(
         [sys.executable, "-c", _LOAD, str(result.final.resolve()), args.sample_prompt],

@@ -42,7 +42,7 @@ def facts_of(
 ) -> dict[str, dict[str, str]]:
     """What the report tells of a start: model, data, machine."""
     accelerator: Accelerator = engine.accelerator
-    names = [one.folder or one.name for one in corpora]
+    given = engine.args.data_file
     return {
         "model": {
             "parameters": f"{engine.model.num_parameters():,}",
@@ -50,7 +50,7 @@ def facts_of(
             "groups": describe_groups(engine.optimizer),
         },
         "data": {
-            "read from": ", ".join(map(str, names)),
+            "read from": given if isinstance(given, str) else ", ".join(given),
             "tokens to train on": f"{sum(len(one.train.ids) for one in corpora):,}",
             "tokens held out": f"{sum(len(one.val.ids) for one in corpora):,}",
             "bytes a token": f"{1 / (bits_of_a_nat * math.log(2)):.3f}",

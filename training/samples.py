@@ -86,9 +86,12 @@ def sample_text(
     return tokenizer.decode(ids[0], skip_special_tokens=True).strip("\n")
 
 
+def for_a_terminal(text: str) -> str:
+    """A text without what a terminal would obey: a young model of bytes writes control characters too."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def on_one_line(text: str, width: int = 100) -> str:
     """A text as a line of its own: line breaks shown, the rest cut off, and nothing that moves a cursor."""
-    line = " ".join(text.replace("\n", " ⏎ ").split())
-    # A young model of bytes writes control characters too, which a terminal would obey.
-    line = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
+    line = for_a_terminal(" ".join(text.replace("\n", " ⏎ ").split()))
     return line if len(line) <= width else line[: width - 1] + "…"

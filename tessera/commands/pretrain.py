@@ -116,7 +116,9 @@ def pretrain(**given: Any) -> None:
     # Of several processes, one says it.
     if PartialState().is_main_process:
         if result.sample:
-            typer.echo(f"sample:\n{result.sample}")
+            from tessera.training.samples import for_a_terminal
+
+            typer.echo(f"sample:\n{for_a_terminal(result.sample)}")
         typer.echo(f"model: {result.final}")
         if not own["smoke"]:
             from tessera.data.token_files import is_prepared

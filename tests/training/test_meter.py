@@ -10,7 +10,7 @@ from tessera import TesseraConfig
 from tessera.training.gradient_statistics import SAMPLED_WEIGHTS, GradientStatistics
 from tessera.training.meter import Meter, Smoothed, flops_per_token
 from tessera.training.optimizers import build_optimizer
-from tessera.training.samples import on_one_line
+from tessera.training.samples import for_a_terminal, on_one_line
 
 CPU = torch.device("cpu")
 
@@ -132,4 +132,5 @@ def test_the_optimizer_of_a_run_is_measured_and_steps_alike(kind):
 def test_a_sample_is_a_line_on_the_way():
     assert on_one_line("a\nb   c") == "a ⏎ b c"
     assert on_one_line("a\x1b[2Jb\x00") == "a\ufffd[2Jb\ufffd"
+    assert for_a_terminal("a\x1b[2J\n\tb\r") == "a\ufffd[2J\n\tb\ufffd"
     assert len(on_one_line("x" * 500, 80)) == 80
