@@ -10,6 +10,8 @@ the loop.
 """
 
 import importlib.util
+import inspect
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -162,8 +164,7 @@ def _start_wandb(
 ) -> GeneralTracker:
     import wandb
 
-    # A question for an account would wait for an answer in the middle of the progress, which is not for it to
-    # record either.
+    # What is printed is not for it to record.
     settings = wandb.Settings(
         init_timeout=SECONDS_TO_REACH_WANDB, login_timeout=5, silent=True, console="off"
     )
@@ -176,6 +177,8 @@ def _start_wandb(
         "settings": settings,
     }
     try:
+        if os.environ.get("WANDB_MODE", "online") == "online" and not _has_account(wandb):
+            raise ValueError("there is no account here, `wandb login` takes one")
         tracker = kind(PROJECT, **given)
         tracker.start()
     except Exception as error:
@@ -189,6 +192,13 @@ def _start_wandb(
     if address := getattr(tracker.tracker, "url", None):
         say(f"wandb: {address}")
     return tracker
+
+
+def _has_account(wandb) -> bool:
+    """Whether it has a key to log in with; on a terminal it would ask for one amid the progress."""
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return wandb.login(prompt=False, verify=False)
+    return wandb.api.api_key is not None  # before 0.27 or so
 
 
 def _first_line(error: BaseException) -> str:

@@ -127,6 +127,26 @@ def test_trackers_are_named_once():
     assert check_trackers(["tensorboard", "trackio", "tensorboard"]) == ["tensorboard", "trackio"]
 
 
+def test_wandb_asks_nobody_for_an_account(tmp_path, monkeypatch, capsys):
+    """On a terminal it does, and waits for an answer among the lines of the run."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(
+        wandb, "login", lambda prompt=True, verify=True: pytest.fail("asks") if prompt else False
+    )
+    modes = []
+
+    class Kept(Broken):
+        when = "never"
+
+        def __init__(self, *_, mode="online", **__):
+            modes.append(mode)
+
+    room._start_wandb(Kept, tmp_path, {}, "run", "abc", print)
+    assert modes == ["offline"]
+    assert "no account here, `wandb login` takes one): the run is kept in" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_wandb_without_an_account_or_network_is_kept_on_disk(tmp_path, monkeypatch, capsys):
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
