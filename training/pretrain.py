@@ -283,6 +283,8 @@ class Run:
                     self.say(f"stopped at step {self.step}; its checkpoint is saved, go on with --resume")
                     raise Stopped(self.last.stop)
                 self._evaluate_or_save()
+            if self.step > self.logged:  # minutes do not say which step is the last
+                self._log()
 
     def _is_done(self) -> bool:
         """Whether the run is at its end, with all steps read, which may show that it is not."""

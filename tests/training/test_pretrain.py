@@ -17,6 +17,7 @@ from helpers.runs import (
     REPETITIVE,
     tiny_arguments,
     tiny_run,
+    untimed_records,
     write_config,
     write_text,
     write_words,
@@ -183,8 +184,10 @@ def test_an_epoch_is_every_window_once(tmp_path):
 
 
 def test_minutes_end_a_run(tmp_path):
-    result = tiny_run(tmp_path, steps=None, minutes=0.01)
+    result = tiny_run(tmp_path, steps=None, minutes=0.01, log_steps=1000)
     assert 0.6 <= result.seconds < 3
+    recorded = [record["step"] for record in untimed_records(result.folder, "loss")]
+    assert recorded == [1, untimed_records(result.folder)[-1]["step"]]
 
 
 # ---- what a run leaves ----
