@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -257,6 +258,17 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def differences(theirs: dict, ours: dict, keys: Iterable[str]) -> list[str]:
+    """The keys whose values differ, in alphabetical order and with both values where these are short."""
+    unknown, other = object(), []
+    for key in sorted(keys):
+        there, here = theirs.get(key, unknown), ours.get(key, unknown)
+        if there != here:
+            short = len(f"{there}{here}") < 60 and unknown not in (there, here)
+            other.append(f"{key} ({there} there, {here} here)" if short else key)
+    return other
+
+
 def require_same_model(path: Path, config: TesseraConfig) -> None:
     """Refuses the checkpoint of another architecture.
 
@@ -266,14 +278,7 @@ def require_same_model(path: Path, config: TesseraConfig) -> None:
     from tessera.modeling.loading import read_config
 
     theirs, ours = read_config(path / "config.json").to_dict(), config.to_dict()
-    unknown = object()
-    other = []
-    for key in sorted((theirs.keys() | ours.keys()) - NOT_ARCHITECTURE):
-        there, here = theirs.get(key, unknown), ours.get(key, unknown)
-        if there != here:
-            short = len(f"{there}{here}") < 60 and unknown not in (there, here)
-            other.append(f"{key} ({there} there, {here} here)" if short else key)
-    if other:
+    if other := differences(theirs, ours, (theirs.keys() | ours.keys()) - NOT_ARCHITECTURE):
         more = f" and {len(other) - 4} more" if len(other) > 4 else ""
         raise ValueError(
             f"{path} is of another architecture: it differs in {', '.join(other[:4])}{more}; resume with the "

@@ -16,7 +16,7 @@ from tessera.configs.recipes import RECIPE_FILE
 from tessera.data.journal import write_durably
 from tessera.modeling.configuration_tessera import TesseraConfig
 
-from .checkpoints import choose_checkpoint, find_checkpoint
+from .checkpoints import choose_checkpoint, differences, find_checkpoint
 from .pretrain_arguments import PretrainArguments, run_of
 
 
@@ -117,8 +117,9 @@ def check_rows(checkpoint: Path, theirs: dict, ours: dict) -> None:
     """
     if theirs == ours:
         return
-    other = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
+    other = differences(theirs, ours, ours.keys() | theirs.keys())
     raise ValueError(
         f"{checkpoint} was trained on other data, or with another batch, window, order, seed or optimizer: "
-        f"it differs in {', '.join(other)}"
+        f"it differs in {', '.join(other)}; resume with what the run was started with, or start another run "
+        "with --save-path"
     )

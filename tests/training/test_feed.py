@@ -190,7 +190,7 @@ def test_a_run_with_schedules_goes_on_to_the_bit(wiki, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(Run, "_optimizer_step", killed)
         tiny_run(tmp_path, **halves)
-    with pytest.raises(ValueError, match="it differs in batch_schedule, length_schedule"):
+    with pytest.raises(ValueError, match="it differs in batch_schedule.*, length_schedule"):
         tiny_run(tmp_path, resume=True, **{**halves, "steps": 80})
     rest = tiny_run(tmp_path, resume=True, **halves)
     assert rest.after == whole.after and rest.tokens == 16 * (6 * 2 + 2 * 4)
@@ -301,6 +301,13 @@ def test_resuming_in_another_order_is_refused_and_says_what_differs(change, name
         change = {"data_file": [one.format(wiki=wiki, web=web) for one in change["data_file"]]}
     with pytest.raises(ValueError, match=f"trained on other data, .*: it differs in .*{named}"):
         tiny_run(tmp_path, resume=True, **{**given, "steps": 3, **change})
+
+
+def test_resuming_with_another_batch_says_both_sizes(wiki, tmp_path):
+    given = {**GIVEN, "data_file": wiki, "steps": 1}
+    tiny_run(tmp_path, **given)
+    with pytest.raises(ValueError, match=r"batch_size \(4 there, 5 here\); resume with what the run was"):
+        tiny_run(tmp_path, resume=True, **{**given, "batch_size": 5})
 
 
 def test_documents_packed_otherwise_are_another_order(wiki, tmp_path):
