@@ -218,7 +218,9 @@ class CopiesOnTheWay:
             sent[: len(updates)] = updates
         self.sent, self.received = sent, like.new_empty(batch.size * most, *batch.shape)
         self.most = most
-        self.work = dist.all_gather_into_tensor(self.received, sent, group=batch.process_group, async_op=True)
+        # Its name from torch 2.13 on.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        self.work = gather(self.received, sent, group=batch.process_group, async_op=True)
 
     def updates(self) -> list[torch.Tensor]:
         """The update of each parameter."""

@@ -7,6 +7,7 @@ model, and whole tensors from the parts. What cannot be combined is refused befo
 """
 
 import contextlib
+import inspect
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -242,12 +243,14 @@ def wrap(model: nn.Module, layout: Layout, device: torch.device) -> nn.Module:
     """The model as it is trained: averaging gradients over the processes, where they are not split."""
     if layout.sharded or layout.processes == 1:
         return model
+    # Buffers follow from the rows of all processes, or are constant; torch 2.13 has another word for that.
+    known = inspect.signature(DistributedDataParallel).parameters
+    leave = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
-        # They follow from the rows of all processes, or are constant.
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        **{leave: False},
     )
 
 
