@@ -49,12 +49,18 @@ def begin_folder(folder: Path, replace: bool, config: TesseraConfig, args: Pretr
         replace: whether what is there goes.
         config: of the model; `final` and the checkpoints have it with its code.
         args: of the run.
+
+    Raises:
+        OSError: if there is no room for them, or no right to write there.
     """
     if replace:
         shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    config.to_json_file(folder / "config.json")
-    write_durably(folder / RECIPE_FILE, yaml.safe_dump(asdict(args), sort_keys=False, allow_unicode=True))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        config.to_json_file(folder / "config.json")
+        write_durably(folder / RECIPE_FILE, yaml.safe_dump(asdict(args), sort_keys=False, allow_unicode=True))
+    except OSError as error:
+        raise OSError(f"--save-path {folder} cannot be written to: {error.strerror or error}") from error
 
 
 def goes_on_in_place(resume: bool | str, folder: Path) -> bool:

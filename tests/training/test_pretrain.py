@@ -190,6 +190,15 @@ def test_minutes_end_a_run(tmp_path):
     assert recorded == [1, untimed_records(result.folder)[-1]["step"]]
 
 
+def test_a_place_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tessera.training.run_folder.write_durably", full)
+    with pytest.raises(OSError, match="--save-path .*run cannot be written to: No space left on device$"):
+        tiny_run(tmp_path)
+
+
 # ---- what a run leaves ----
 
 
