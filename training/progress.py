@@ -45,6 +45,7 @@ class Progress:
         self.bar = tqdm(
             disable=None if shows else True,
             bar_format="{desc}",
+            nrows=20,  # a terminal that does not know its height, as in a container, has none to tqdm
             file=sys.stderr,
         )
         self.validation: float | None = None

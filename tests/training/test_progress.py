@@ -106,10 +106,11 @@ with Progress(total_steps=3) as shown:
 """
 
 
-def test_a_terminal_has_one_line_in_its_place_and_others_above():
+@pytest.mark.parametrize("rows", [20, 0])  # in a container its height may not be known
+def test_a_terminal_has_one_line_in_its_place_and_others_above(rows):
     ours, theirs = pty.openpty()
     os.set_blocking(ours, False)
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 20, 70, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, 70, 0, 0))
     env = {**os.environ, "PYTHONIOENCODING": "utf-8"}
     done = subprocess.Popen([sys.executable, "-c", TERMINAL], stderr=theirs, env=env)
     written = b""
