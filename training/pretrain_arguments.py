@@ -342,7 +342,9 @@ def gather_arguments(
         if any(name in given for name in group):
             below = {name: value for name, value in below.items() if name not in group}
     if given.get("optimizer") not in (None, below.get("optimizer", "muon")):
-        below.pop("learning_rate", None)  # that of one optimizer is far off for another
+        # Those of one optimizer are far off for another, or nothing to it.
+        below.pop("learning_rate", None)
+        below.pop("table_decay", None)
     if given.get("schedule") not in (None, below.get("schedule")):
         below.pop("decay", None)
     chosen = below.pop("chosen", None)

@@ -79,6 +79,7 @@ def test_flags_lie_over_the_recipe_and_the_recipe_over_defaults(tmp_path):
         ({"schedule": "wsd", "decay": 0.5}, {"schedule": "wsd"}, {"decay": 0.5}),
         ({"learning_rate": 1e-3, "optimizer": "adamw"}, {"optimizer": "muon"}, {"learning_rate": None}),
         ({"learning_rate": 1e-3, "optimizer": "adamw"}, {"optimizer": "adamw"}, {"learning_rate": 1e-3}),
+        ({"table_decay": 0.5}, {"optimizer": "adamw"}, {"table_decay": None}),
         ({"learning_rate": 1e-3}, {"optimizer": "muon", "learning_rate": 0.1}, {"learning_rate": 0.1}),
     ],
 )
