@@ -117,13 +117,13 @@ def run(arguments: list[str]) -> None:
     except Exception as error:
         # By its name: torch is not to be imported for this.
         exhausted = type(error).__name__ == "OutOfMemoryError"
-        if not exhausted and not isinstance(error, ValueError | FloatingPointError | OSError):
+        # What torch says on a CPU.
+        exhausted = exhausted or "DefaultCPUAllocator" in str(error)
+        if not exhausted and not isinstance(error, ValueError | FloatingPointError | OSError | MemoryError):
             raise
         message = " ".join(str(error).split())
         if exhausted:
-            message = (
-                f"the device's memory is not enough; take a smaller batch or shorter sequences ({message})"
-            )
+            message = f"memory is not enough; take a smaller model or batch, or shorter sequences ({message})"
         rank = os.environ.get("RANK", "0")
         place = "" if rank == "0" else f" in process {rank}"
         typer.echo(f"tessera: error{place}: {message}", err=True)

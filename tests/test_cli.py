@@ -9,12 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.runs import BYTEGPT, without_torchao, write_config, write_text
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from tessera import TesseraConfig, TesseraForCausalLM, __version__, build_byte_tokenizer, cli
 from tessera.configs.presets import preset_names
+from tessera.training.guards import OutOfRows
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -332,3 +334,21 @@ def test_ctrl_c_leaves_a_checkpoint_and_one_sentence(tmp_path):
     assert process.returncode == 130
     assert "go on with --resume" in out and "Traceback" not in err
     assert len(list((run / "checkpoints").glob("step-*/manifest.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OutOfRows("one row does not fit"), "tessera: error: one row does not fit"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate"), "tessera: error: memory is not enough; take a"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "tessera: error: memory is not enough; take a"),
+    ],
+)
+def test_memory_that_runs_out_is_a_sentence(error, sentence, monkeypatch, capsys):
+    def run_out(*_, **__):
+        raise error
+
+    monkeypatch.setattr(cli, "app", run_out)
+    with pytest.raises(SystemExit) as exit:
+        cli.run([])
+    assert exit.value.code == 2 and capsys.readouterr().err.startswith(sentence)

@@ -134,7 +134,7 @@ def halve(feed, rows: int, say: Callable[[str], None], device: torch.device) -> 
         device: whose memory ran out.
 
     Raises:
-        RuntimeError: if a micro-batch has one row already.
+        OutOfRows: if a micro-batch has one row already.
     """
     parts = smaller_parts(rows, feed.accumulation)
     if parts is None:
@@ -147,5 +147,5 @@ def halve(feed, rows: int, say: Callable[[str], None], device: torch.device) -> 
     feed.accumulation = parts
 
 
-class OutOfRows(RuntimeError):
+class OutOfRows(MemoryError):
     """Not one row fits into memory."""

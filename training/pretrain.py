@@ -50,6 +50,7 @@ from .run_folder import (
     check_folder,
     check_rows,
     checkpoint_to_resume,
+    claimed,
     goes_on_in_place,
     is_only_begun,
     weights_to_start_from,
@@ -194,6 +195,10 @@ class Run:
 
     def run(self) -> PretrainResult:
         """Trains, scores the text before and after, and writes the run directory."""
+        with claimed(self.folder, self.accelerator):
+            return self._run()
+
+    def _run(self) -> PretrainResult:
         self._start()
         try:
             with self.writer, StopSignals() as self.signals:

@@ -4,8 +4,10 @@ What belongs here: looking, the sentences for what cannot be, and the first file
 hold and how they are verified is `checkpoints.py`.
 """
 
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from tessera.data.journal import write_durably
 from tessera.modeling.configuration_tessera import TesseraConfig
 
 from .checkpoints import choose_checkpoint, differences, find_checkpoint
+from .parallel import agree
 from .pretrain_arguments import PretrainArguments, run_of
 
 
@@ -41,11 +44,68 @@ def check_folder(folder: Path, weights_file: Path | None, may_hold_files: bool) 
         raise ValueError(f"{weights_file} is there already; choose another --save-path")
 
 
+@contextmanager
+def claimed(folder: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Keeps other runs out of a run's directory, which is made if need be; all processes call it.
+
+    Two jobs that are started for one run would go on from each other's checkpoints. The directory itself is
+    locked, which a kill undoes; file systems that cannot do that, such as NFS, are not watched.
+
+    Raises:
+        ValueError: if another run is in it.
+        OSError: if it cannot be made.
+    """
+    lock = problem = None
+    made = not folder.exists()
+    if accelerator.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _lock(folder)
+        except ValueError as error:
+            problem = error
+        except OSError as error:
+            problem = cannot_write(folder, error)
+    try:
+        if agree(accelerator, problem is not None):
+            raise problem or ValueError(f"the first process has no place for the run in {folder}")
+        yield
+    finally:
+        if made and accelerator.is_main_process and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """An open descriptor that holds the lock; None where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:  # not on this system
+        return None
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise ValueError(
+            f"another process is training in {folder}; wait for it, end it, or choose another --save-path"
+        ) from error
+    except OSError:  # not on this file system
+        os.close(lock)
+        return None
+    return lock
+
+
+def cannot_write(folder: Path, error: OSError) -> OSError:
+    """The error that names the run directory."""
+    return OSError(f"--save-path {folder} cannot be written to: {error.strerror or error}")
+
+
 def begin_folder(folder: Path, replace: bool, config: TesseraConfig, args: PretrainArguments) -> None:
-    """Makes a run's directory, with its recipe and configuration; one process calls it.
+    """Gives a run's directory its recipe and configuration; one process calls it.
 
     Args:
-        folder: of the run.
+        folder: of the run; it is there.
         replace: whether what is there goes.
         config: of the model; `final` and the checkpoints have it with its code.
         args: of the run.
@@ -53,14 +113,16 @@ def begin_folder(folder: Path, replace: bool, config: TesseraConfig, args: Pretr
     Raises:
         OSError: if there is no room for them, or no right to write there.
     """
-    if replace:
-        shutil.rmtree(folder, ignore_errors=True)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.iterdir() if replace else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         config.to_json_file(folder / "config.json")
         write_durably(folder / RECIPE_FILE, yaml.safe_dump(asdict(args), sort_keys=False, allow_unicode=True))
     except OSError as error:
-        raise OSError(f"--save-path {folder} cannot be written to: {error.strerror or error}") from error
+        raise cannot_write(folder, error) from error
 
 
 def goes_on_in_place(resume: bool | str, folder: Path) -> bool:

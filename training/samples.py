@@ -77,6 +77,8 @@ def sample_text(
                 temperature=0.8,
                 top_k=None,
                 pad_token_id=tokenizer.pad_token_id or 0,
+                # Of a model that has diverged; the run's guards decide what becomes of that.
+                remove_invalid_values=True,
                 synced_gpus=sharded,
             )
     finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from helpers.models import DIALECTS
 from helpers.runs import (
     BYTEGPT,
@@ -31,6 +32,7 @@ from tessera.training import validation
 from tessera.training.checkpoints import find_checkpoint
 from tessera.training.inputs import encode
 from tessera.training.pretrain import Run
+from tessera.training.run_folder import claimed
 from tessera.training.schedules import learning_rate_factor
 
 
@@ -188,6 +190,26 @@ def test_minutes_end_a_run(tmp_path):
     assert 0.6 <= result.seconds < 3
     recorded = [record["step"] for record in untimed_records(result.folder, "loss")]
     assert recorded == [1, untimed_records(result.folder)[-1]["step"]]
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path):
+    result = tiny_run(tmp_path)
+    weights = (result.final / "model.safetensors").read_bytes()
+    with claimed(result.folder, PartialState()):
+        for resume in (True, "auto"):
+            with pytest.raises(ValueError, match="another process is training in .*run; wait for it, end it"):
+                tiny_run(tmp_path, resume=resume, steps=9)
+    assert (result.final / "model.safetensors").read_bytes() == weights
+    assert tiny_run(tmp_path, resume=True, steps=9).tokens > result.tokens
+    with pytest.raises(ValueError, match="no checkpoint"):
+        tiny_run(tmp_path, resume=True, save_path=str(tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_model_that_has_diverged_is_sampled_from_without_an_error(tmp_path):
+    with pytest.raises(FloatingPointError, match="is nan at step .*; lower the learning rate"):
+        tiny_run(tmp_path, steps=40, eval_steps=4, learning_rate=1e30, optimizer="adamw")
+    assert (tmp_path / "run" / "samples.jsonl").is_file()
 
 
 def test_a_place_that_cannot_be_written_to_is_named(tmp_path, monkeypatch):
