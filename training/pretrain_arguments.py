@@ -195,7 +195,7 @@ class PretrainArguments:
     )
     gradient_checkpointing: bool = told(False, "Precision and memory", "Less memory, more time.")
     gradient_checkpointing_every: int = told(
-        1, "Precision and memory", "The same in every n-th layer alone [1].", least=1
+        1, "Precision and memory", "The same, in every n-th layer alone [1].", least=1
     )
 
     parallel: str = told(
@@ -207,7 +207,9 @@ class PretrainArguments:
     shard_size: int | None = told(None, "Parallel", "Processes that share one copy of the weights.", least=1)
     tensor_parallel: int = told(1, "Parallel", "Processes that split each matrix [1].", least=1)
     expert_parallel: int = told(1, "Parallel", "Processes that split the experts [1].", least=1)
-    context_parallel: int = told(1, "Parallel", "Processes that split each window [1].", least=1)
+    context_parallel: int = told(
+        1, "Parallel", "Processes that split each window: 1, more is refused so far [1].", least=1
+    )
 
     checkpoint_minutes: float = told(
         10.0, "Checkpoints", "Minutes between checkpoints [10]; 0: only the last.", least=0
@@ -263,6 +265,8 @@ class PretrainArguments:
             raise ValueError("momentum_warmup_steps needs momentum_start, where the momentum starts")
         if self.optimizer_in_backward and self.batch_schedule is not None:
             raise ValueError("optimizer_in_backward needs steps of one size; leave batch_schedule out")
+        if self.gradient_checkpointing_every > 1:
+            self.gradient_checkpointing = True
         if self.tokens is not None:
             self.tokens = int(self.tokens)  # 2e9 on a command line
         if self.depth is None:
@@ -347,6 +351,8 @@ def gather_arguments(
         below.pop("table_decay", None)
     if given.get("schedule") not in (None, below.get("schedule")):
         below.pop("decay", None)
+    if given.get("gradient_checkpointing") is False:
+        below.pop("gradient_checkpointing_every", None)
     chosen = below.pop("chosen", None)
     if chosen and any(given.get(name) not in (None, below.get(name)) for name in ("depth", "optimizer")):
         below = {name: value for name, value in below.items() if name not in chosen}

@@ -123,6 +123,13 @@ def test_a_recipe_that_cannot_be_followed_is_refused(values, sentence, tmp_path)
         told(tmp_path, values)
 
 
+def test_every_nth_layer_checkpointed_is_checkpointing(tmp_path):
+    below = {"gradient_checkpointing_every": 3}
+    args = told(tmp_path, below)
+    assert args.gradient_checkpointing and args.gradient_checkpointing_every == 3
+    assert not told(tmp_path, below, gradient_checkpointing=False).gradient_checkpointing
+
+
 def test_a_run_needs_a_configuration_and_data(tessera, tmp_path):
     for arguments, option in ((["--data", "x"], "--config"), (["--recipe", "llama-100m"], "--data")):
         code, _, err = tessera("pretrain", *arguments)
