@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from tessera import TesseraConfig, TesseraForCausalLM
-from tessera.training.checkpoint_policy import CheckpointPolicy
-from tessera.training.checkpoint_writer import CheckpointWriter
+from tessera.training.checkpoints.policy import CheckpointPolicy
+from tessera.training.checkpoints.writer import CheckpointWriter
 from tessera.training.optimizers import build_optimizer
 
 

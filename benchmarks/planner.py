@@ -7,7 +7,7 @@ pretrain` on random tokens, micro-batches forward and backward under autocast, t
 compiled except where a row says eager. Peak memory is what the allocator had handed out at most in a step;
 tokens per second are of the median step. Predicted are both from the card's sheet, and from its own probes as
 `tessera plan --gpu here` makes them. `--json` also keeps peaks of the step's phases and milliseconds by kind
-of kernel, from which the constants in `training/throughput.py` were taken (rows that say "fitted").
+of kernel, from which the constants in `training/planner/throughput.py` were taken (rows that say "fitted").
 """
 
 import argparse
@@ -25,10 +25,10 @@ import transformers
 from step_times import step_times
 
 from tessera import TesseraConfig, TesseraForCausalLM
-from tessera.training.cards import CARDS
-from tessera.training.memory import Setup, estimate_memory, take_inventory
 from tessera.training.optimizers import build_optimizer
-from tessera.training.throughput import estimate_times, rates_here, rates_of
+from tessera.training.planner.cards import CARDS
+from tessera.training.planner.memory import Setup, estimate_memory, take_inventory
+from tessera.training.planner.throughput import estimate_times, rates_here, rates_of
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from tessera.data.hashing import file_sha256
 from tessera.modeling.accounting import count_costs
 from tessera.modeling.configuration_tessera import TesseraConfig
 from tessera.modeling.loading import read_json
-from tessera.training.curves import draw_curve, draw_measures, read_metrics
+from tessera.training.records.curves import draw_curve, draw_measures, read_metrics
 
 from .card_usage import describe_use
 from .families import architecture

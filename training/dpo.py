@@ -19,9 +19,9 @@ from trl import DPOConfig, DPOTrainer
 from tessera.data.chat_rows import IGNORED, encode_conversation
 from tessera.data.preferences import Preference, load_preferences
 
-from .curves import draw_measures
 from .held_out import batches_by_length, hold_out, token_log_probs
 from .post_training import PostTrainingArguments, PostTrainingResult, Workshop, quietly, rate_by_size
+from .records.curves import draw_measures
 from .trainer_parts import PlainCheckpoints
 
 # A tenth of what fine-tuning takes: further away from the start, the rewards say little about the answers.

@@ -10,14 +10,14 @@ from tessera.configs.resolve import is_byte_gpt_file
 from tessera.modeling.accounting import count_costs
 
 from .feed import Feed, choose_accumulation, read_schedules
-from .in_backward import require_whole_steps
 from .inputs import open_corpora, read_model_config, row_length
-from .optimizers import ADAMW_RATE, MATRIX_RATE
+from .optimizers.groups import ADAMW_RATE, MATRIX_RATE
+from .optimizers.in_backward import require_whole_steps
 from .parallel import choose_layout
 from .pretrain_arguments import PretrainArguments
+from .records.trackers import check_trackers
 from .scaling import describe_scale, flops_per_token, measure, scale_arguments
 from .schedules import mean_size, warmup_share
-from .trackers import check_trackers
 
 
 def describe_run(args: PretrainArguments, processes: int = 1) -> str:

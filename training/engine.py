@@ -28,9 +28,9 @@ from . import compiling, guards
 from .attention_tier import apply_attention, choose_attention, needs_of
 from .cuda_graphs import MOST_LAUNCHING, GraphChoice, GraphedPasses, choose_graphs
 from .feed import Feed
-from .in_backward import InBackward
-from .low_precision import narrow_parameters
-from .optimizers import build_optimizer
+from .optimizers.groups import build_optimizer
+from .optimizers.in_backward import InBackward
+from .optimizers.low_precision import narrow_parameters
 from .parallel import Layout, agree, choose_layout, shard, split_by_engine, wrap
 from .precision import Precision, choose_precision
 from .prefetch import Prefetcher

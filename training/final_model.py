@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .curves import draw_course, draw_curve, read_metrics
 from .inputs import TOKENIZER_META
 from .parallel import save_whole
-from .run_log import METRICS_FILE
+from .records.curves import draw_course, draw_curve, read_metrics
+from .records.run_log import METRICS_FILE
 
 
 def write_final(

@@ -20,9 +20,9 @@ from trl import GRPOConfig, GRPOTrainer
 from tessera.data.chat import as_messages, to_message
 from tessera.data.rows import read_rows
 
-from .curves import draw_measures
 from .held_out import answer, hold_out
 from .post_training import PostTrainingArguments, PostTrainingResult, Workshop, quietly, rate_by_size
+from .records.curves import draw_measures
 from .rewards import arithmetic_problems, format_reward, number_reward
 from .trainer_parts import PlainCheckpoints
 

@@ -35,9 +35,9 @@ from tessera.data.chat_rows import check_template
 from tessera.modeling.loading import load_model, read_config
 from tessera.tokenization import add_chat, build_byte_tokenizer, find_end_of_turn
 
-from .checkpoints import find_checkpoint, newest_verified
-from .curves import read_metrics
+from .checkpoints.store import find_checkpoint, newest_verified
 from .held_out import answer
+from .records.curves import read_metrics
 from .trainer_parts import Journal
 
 DEFAULT_LENGTH = 2048

@@ -30,20 +30,22 @@ from tessera.configs.resolve import is_byte_gpt_file
 from tessera.evaluation.bits_per_byte import TextLoss
 from tessera.modeling.loading import load_model
 
-from .checkpoint_policy import CheckpointPolicy
-from .checkpoint_writer import CheckpointWriter
-from .checkpoints import can_go_on, choose_checkpoint, load_checkpoint, read_state
+from .checkpoints.policy import CheckpointPolicy
+from .checkpoints.store import can_go_on, choose_checkpoint, load_checkpoint, read_state
+from .checkpoints.writer import CheckpointWriter
 from .clock import Clock
 from .engine import Engine, start_processes
 from .feed import Feed
 from .final_model import draw_curves, write_final
-from .gradient_statistics import GradientStatistics
 from .guards import BadSteps, SkippedSteps
 from .inputs import adopt_vocabulary, make_model, open_corpora, read_model_config, row_length
-from .meter import Meter, Smoothed, find_peak, flops_per_token
 from .pretrain_arguments import PretrainArguments, run_of
-from .progress import Progress
-from .report import REPORT_FILE, write_report
+from .records.gradient_statistics import GradientStatistics
+from .records.meter import Meter, Smoothed, find_peak, flops_per_token
+from .records.progress import Progress
+from .records.report import REPORT_FILE, write_report
+from .records.run_log import RunLog
+from .records.trackers import check_trackers
 from .run_facts import balance_of, facts_of, first_line, rates_of
 from .run_folder import (
     begin_folder,
@@ -55,14 +57,12 @@ from .run_folder import (
     is_only_begun,
     weights_to_start_from,
 )
-from .run_log import RunLog
 from .samples import TOKENS_ON_THE_WAY, encode_prompt, on_one_line, sample_text
 from .scaling import describe_scale, scale_arguments
 from .schedules import learning_rate_factor, momentum_at, warmup_share, weight_decay_factor
 from .signals import Stopped, StopSignals
 from .smoke import small_arguments, small_config
 from .step import Outcome, Outcomes
-from .trackers import check_trackers
 from .validation import bits_of_a_nat, describe, score_held_out
 
 

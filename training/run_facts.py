@@ -12,10 +12,10 @@ from accelerate import Accelerator
 from tessera.modeling.modeling_tessera import TesseraForCausalLM
 
 from .engine import Engine, describe_groups
-from .environment import describe_environment
 from .inputs import Corpus
-from .meter import Meter
 from .pretrain_arguments import PretrainArguments
+from .records.environment import describe_environment
+from .records.meter import Meter
 
 
 def first_line(

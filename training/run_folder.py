@@ -1,7 +1,7 @@
 """What a run finds in the directories it is told of: whether it may write there, and what it goes on from.
 
 What belongs here: looking, the sentences for what cannot be, and the first files of a run. What checkpoints
-hold and how they are verified is `checkpoints.py`.
+hold and how they are verified is `checkpoints/store.py`.
 """
 
 import os
@@ -18,7 +18,7 @@ from tessera.configs.recipes import RECIPE_FILE
 from tessera.data.journal import write_durably
 from tessera.modeling.configuration_tessera import TesseraConfig
 
-from .checkpoints import choose_checkpoint, differences, find_checkpoint
+from .checkpoints.store import choose_checkpoint, differences, find_checkpoint
 from .parallel import agree
 from .pretrain_arguments import PretrainArguments, run_of
 

@@ -14,7 +14,7 @@ is given stays. Two rules:
   rate goes with its root (Malladi et al., 2022).
 
 Both are extrapolations for models far smaller than those they were fitted to. What belongs here: numbers from
-sizes. When the rates change in a run is `schedules.py`, whose rate they are `optimizers.py`.
+sizes. When the rates change in a run is `schedules.py`, whose rate they are `optimizers/groups.py`.
 """
 
 import copy
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from tessera.modeling.accounting import count_costs
 from tessera.modeling.configuration_tessera import TesseraConfig
 
-from .optimizers import MATRIX_RATE
+from .optimizers.groups import MATRIX_RATE
 from .pretrain_arguments import LENGTHS, PretrainArguments
 
 MUON_RATIO = 12.0  # tokens a parameter; nanochat's log found 10.5 to be the best use of operations

@@ -41,9 +41,9 @@ from tessera.data.chat_rows import (
 )
 from tessera.data.preview import mark_trained
 
-from .curves import draw_curve
 from .held_out import batches_by_length, hold_out, token_log_probs
 from .post_training import PostTrainingArguments, PostTrainingResult, Workshop, quietly, rate_by_size
+from .records.curves import draw_curve
 from .trainer_parts import PlainCheckpoints
 
 RATE_AT_7B, RATE_AT_7B_LORA = 2e-5, 1e-4

@@ -1,7 +1,7 @@
 """What a TRL trainer lacks for a Tessera run: plain checkpoints and a journal.
 
-- Checkpoints are those of `checkpoints.py`, safetensors and JSON, written aside and renamed into place. The
-  Trainer's own are pickles and lie half-written where a run is killed.
+- Checkpoints are those of `checkpoints/store.py`, safetensors and JSON, written aside and renamed into
+  place. The Trainer's own are pickles and lie half-written where a run is killed.
 - The journal keeps `metrics.jsonl` and says when to evaluate and to save.
 
 What belongs here: only what the trainers of all three kinds of post-training need.
@@ -21,16 +21,16 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 
-from .checkpoints import save_checkpoint
-from .curves import read_metrics
-from .optimizer_state import restore_state
-from .random_state import restore_random_state
+from .checkpoints.random_state import restore_random_state
+from .checkpoints.store import save_checkpoint
+from .optimizers.state import restore_state
+from .records.curves import read_metrics
 
 SECONDS_BETWEEN_LINES = 10.0  # where there is no progress bar
 
 
 class PlainCheckpoints:
-    """For a Trainer, before its class: checkpoints as in `checkpoints.py` instead of its own."""
+    """For a Trainer, before its class: checkpoints as in `checkpoints/store.py` instead of its own."""
 
     checkpoint: Path | None = None
 

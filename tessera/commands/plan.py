@@ -56,8 +56,8 @@ def plan(
     silence_transformers()
     import json
 
-    from tessera.training.plan_report import as_dict, report
-    from tessera.training.plan_request import plan_run
+    from tessera.training.planner.report import as_dict, report
+    from tessera.training.planner.request import plan_run
 
     made = plan_run(
         preset,

@@ -23,7 +23,7 @@ import torch
 
 from helpers.runs import tiny_arguments, write_config, write_text
 from tessera.data.training_rows import RowSequence
-from tessera.training import checkpoints
+from tessera.training.checkpoints import store as checkpoints
 from tessera.training.pretrain import pretrain
 from tessera.training.signals import Stopped
 

@@ -20,9 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers.models import tiny_model  # noqa: E402
-from tessera.training.matrix_batches import local  # noqa: E402
-from tessera.training.optimizer_state import gather_state, restore_state  # noqa: E402
 from tessera.training.optimizers import build_optimizer  # noqa: E402
+from tessera.training.optimizers.matrix_batches import local  # noqa: E402
+from tessera.training.optimizers.state import gather_state, restore_state  # noqa: E402
 
 
 def gradient(name: str, shape: torch.Size, step: int) -> torch.Tensor:

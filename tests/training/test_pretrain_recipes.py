@@ -18,8 +18,8 @@ from tessera import TesseraConfig, TesseraForCausalLM, cli
 from tessera.commands import pretrain as pretrain_command
 from tessera.configs.recipes import recipe_names
 from tessera.data.training_rows import PACKINGS
-from tessera.training.checkpoint_policy import CheckpointPolicy
 from tessera.training.checkpoints import find_checkpoint
+from tessera.training.checkpoints.policy import CheckpointPolicy
 from tessera.training.inputs import read_model_config
 from tessera.training.pipeline_names import FIXED, RUN_NAMES
 from tessera.training.pretrain import Run
