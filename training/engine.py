@@ -166,6 +166,7 @@ class Engine:
         obstacles = {
             "several processes": self.layout.processes > 1,
             "experts, whose loads are counted": bool(compiling.routers_of(self.model)),
+            "documents that are kept apart": args.isolate_documents,
             "gradient_checkpointing": args.gradient_checkpointing,
             "optimizer_in_backward": args.optimizer_in_backward,
             "the scaled gradients of fp16": self.accelerator.scaler is not None,
