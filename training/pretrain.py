@@ -149,7 +149,7 @@ class Run:
         )
         self.tokenizer = self.corpora[0].tokenizer
         if smoke and weights is None:
-            config = small_config(config)
+            config = small_config(config, cpu=self.accelerator.device.type == "cpu")
         self.length = row_length(args, config)
         self.args = args = scale_arguments(args, config, self.length, self.layout.data_size)
         self.feed = Feed(self.corpora, args, self.length, self.layout.data_rank, self.layout.data_size)

@@ -4,8 +4,12 @@ What belongs here: what is made small. The run itself is the real one, on the re
 own beside the real one.
 """
 
+import contextlib
 import dataclasses
+from typing import Any
 
+from tessera.configs.presets import scale_to_depth
+from tessera.modeling.accounting import count_costs
 from tessera.modeling.configuration_tessera import TesseraConfig
 
 from .pretrain_arguments import PretrainArguments
@@ -13,6 +17,7 @@ from .pretrain_arguments import PretrainArguments
 STEPS = 5
 LENGTH = 64
 LAYERS = 2  # where there are two kinds of layers, one of each
+MOST_ON_A_CPU = 20_000_000  # parameters: with them two cores are through in half a minute
 
 
 def small_arguments(args: PretrainArguments, processes: int, resumes: bool) -> PretrainArguments:
@@ -44,13 +49,28 @@ def small_arguments(args: PretrainArguments, processes: int, resumes: bool) -> P
     )
 
 
-def small_config(config: TesseraConfig) -> TesseraConfig:
-    """The first and the last layer of a model, in full width."""
+def small_config(config: TesseraConfig, cpu: bool = False) -> TesseraConfig:
+    """The first and the last layer of a model, in full width but where a CPU would take minutes for it.
+
+    Args:
+        config: of the model.
+        cpu: whether a CPU trains it: a larger one then gets the width that the depth rule has for two layers,
+            if the rule fits it.
+    """
     if config.num_hidden_layers <= LAYERS:
         return config
-    values = config.to_dict()
+    small = _first_and_last(config.to_dict(), config)
+    if cpu and count_costs(small).parameters > MOST_ON_A_CPU:
+        with contextlib.suppress(ValueError):
+            return _first_and_last(scale_to_depth(config.to_dict(), LAYERS), config)
+    return small
+
+
+def _first_and_last(values: dict[str, Any], config: TesseraConfig) -> TesseraConfig:
+    """Two layers of these sizes and of the kinds of a model's first and last."""
     for name in ("layer_types", "mlp_layer_types"):
-        values[name] = [values[name][0], values[name][-1]]
+        kinds = getattr(config, name)
+        values[name] = [kinds[0], kinds[-1]]
     # These layers are then of the kinds of the last one.
     values |= {"mtp_layer_types": None, "mtp_mlp_layer_types": None}
     return TesseraConfig.from_dict({**values, "num_hidden_layers": LAYERS})

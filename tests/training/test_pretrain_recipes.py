@@ -18,13 +18,14 @@ from tessera import TesseraConfig, TesseraForCausalLM, cli
 from tessera.commands import pretrain as pretrain_command
 from tessera.configs.recipes import recipe_names
 from tessera.data.training_rows import PACKINGS
+from tessera.modeling.accounting import count_costs
 from tessera.training.checkpoints import find_checkpoint
 from tessera.training.checkpoints.policy import CheckpointPolicy
 from tessera.training.inputs import read_model_config
 from tessera.training.pipeline_names import FIXED, RUN_NAMES
 from tessera.training.pretrain import Run
 from tessera.training.pretrain_arguments import PretrainArguments, gather_arguments, run_of
-from tessera.training.smoke import LENGTH
+from tessera.training.smoke import LENGTH, small_config
 
 
 def write_yaml(folder: Path, name: str, values: dict | str) -> str:
@@ -450,6 +451,16 @@ def test_a_pipelines_command_trains_and_resumes(pipeline):
 def steps(folder: str) -> list[int]:
     lines = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
     return [record["step"] for record in lines if "loss" in record]
+
+
+def test_a_smoke_run_of_a_large_model_is_narrow_on_a_cpu_and_keeps_its_kinds_of_layers():
+    config = TesseraConfig.from_preset("nanochat-d20", vocab_size=256)
+    assert small_config(config).hidden_size == 1280
+    small = small_config(config, cpu=True)
+    assert count_costs(small).parameters < 10**6
+    assert small.layer_types == ["sliding_attention", "full_attention"]
+    middle = TesseraConfig.from_preset("bytegpt")
+    assert small_config(middle, cpu=True).hidden_size == middle.hidden_size
 
 
 def test_a_smoke_run_is_small_ends_soon_and_makes_room_for_the_next(pipeline, tessera):
