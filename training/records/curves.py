@@ -49,7 +49,7 @@ def draw_curve(records: list[dict], path: Path, title: str) -> bool:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     if train:
-        axes.plot(*zip(*train, strict=True), color="#9db8d2", linewidth=1.2, label="training")
+        axes.plot(*zip(*train, strict=True), color="#9db8d2", linewidth=1.2, label="training, smoothed")
     if val:
         tokens, loss, bits = zip(*val, strict=True)
         label = f"validation: {loss[-1]:.3f} nats, {bits[-1]:.3f} bits per byte"
@@ -60,14 +60,15 @@ def draw_curve(records: list[dict], path: Path, title: str) -> bool:
     losses = [y for _, y in train] + [y for _, y, _ in val]
     if losses:
         # The first steps are far above the rest and would flatten it.
-        top = sorted(losses)[int(0.9 * (len(losses) - 1))]
-        axes.set_ylim(min(losses) - 0.1, max(1.1 * top, min(losses) + 0.2))
+        low, top = min(losses), sorted(losses)[int(0.9 * (len(losses) - 1))]
+        margin = 0.12 * (top - low) + 0.02
+        axes.set_ylim(low - margin, top + margin)
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("tokens seen")
     axes.set_ylabel("nats per token")
     axes.set_title(title)
     axes.grid(alpha=0.25)
-    axes.legend(loc="upper right")
+    axes.legend(loc="best")
     figure.savefig(path, dpi=120)
     return True
 
