@@ -51,7 +51,14 @@ def test_packed_and_padded_rows_compile_too(name):
     agree(model, attention_mask=mask)
 
 
-@pytest.mark.parametrize("name", ["nanochat-tiny", "latent-sliding-lowrank-sigmoid", "moe-qknorm-softcap"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nanochat-tiny",
+        pytest.param("latent-sliding-lowrank-sigmoid", marks=pytest.mark.slow),
+        pytest.param("moe-qknorm-softcap", marks=pytest.mark.slow),
+    ],
+)
 @torch.no_grad()
 def test_packed_rows_compile_with_block_masks(name, monkeypatch):
     """As on a GPU, but for kernels and gradients: flex attention is traced, and computed as it is written."""
@@ -88,7 +95,13 @@ def test_packed_rows_compile_with_block_masks(name, monkeypatch):
         )
 
 
-@pytest.mark.parametrize("name", SPARSE)
+# Two ways of routing daily.
+DAILY = {"bytegpt-tiny", "latent-sliding-lowrank-sigmoid"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in DAILY else pytest.param(name, marks=pytest.mark.slow) for name in SPARSE]
+)
 def test_router_logits_and_their_loss_compile(name):
     """The library's recording of router logits takes a lock, which no compiler can trace."""
     model = tiny_model(name, router_aux_loss_coef=0.1).train()
