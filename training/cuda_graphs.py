@@ -99,9 +99,15 @@ class GraphedPasses:
         return loss
 
     def launching(self, batch: Batch, counted: torch.Tensor) -> float:
-        """Share of a pass's time in which the host launches; gradients are worth nothing afterwards."""
+        """Share of a pass's time in which the host launches; gradients are worth nothing afterwards.
+
+        Raises:
+            torch.OutOfMemoryError: if memory runs out.
+        """
         shares = []
         for _ in range(PASSES):
+            for p in self.parameters:
+                p.grad = None  # a second set of them may be more than there is room for
             torch.cuda.synchronize()
             started = time.perf_counter()
             self.run(batch, counted)

@@ -224,8 +224,12 @@ class Engine:
 
         Args:
             first: step that comes next.
+
+        Raises:
+            ValueError: if CUDA graphs are asked for and cannot be recorded.
+            OutOfRows: if not one row fits into memory.
         """
-        if not self.compiles.on and self.accelerator.device.type == "cpu":
+        if self.accelerator.device.type == "cpu" and not (self.compiles.on or self.graphs.on):
             return
         if self.args.optimizer_in_backward:
             return  # a backward pass is a step there
@@ -271,22 +275,30 @@ class Engine:
         return True
 
     def _record(self, shapes: list[tuple[int, int]]) -> None:
-        """Records the pass of each shape, if the host is seen to be slower than the device with one."""
+        """Records the pass of each shape, if the host is seen to be slower than the device with one.
+
+        Raises:
+            ValueError: if graphs are asked for and the recording fails.
+        """
         passes = GraphedPasses(self.runner.run, self.runner.parameters)
         batches = [self._dummy(shape) for shape in shapes]
-        share = max(passes.launching(data.batches[0], data.counted) for data in batches)
-        if self.graphs.measured and share < MOST_LAUNCHING:
-            self.graphs = GraphChoice(False, why=f"launching takes {share:.0%} of a pass: the GPU is busy")
-        else:
-            try:
+        try:
+            share = max(passes.launching(data.batches[0], data.counted) for data in batches)
+            if self.graphs.measured and share < MOST_LAUNCHING:
+                why = f"launching takes {share:.0%} of a pass: the GPU is busy"
+                self.graphs = GraphChoice(False, why=why)
+            else:
                 for data in batches:
                     passes.record(data.batches[0], data.counted)
                 self.runner.graphs = passes
                 self.graphs = GraphChoice(True, why=f"launching took {share:.0%} of a pass")
-            except RuntimeError as error:  # memory that runs out is one too
-                if not self.graphs.measured:
-                    raise
-                self.graphs = GraphChoice(False, why=f"recording failed: {str(error).splitlines()[0]}")
+        except RuntimeError as error:  # memory that runs out is one too
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            if not self.graphs.measured:
+                raise ValueError(
+                    f"cuda_graphs=on: recording failed ({reason}); take cuda_graphs=auto or off"
+                ) from error
+            self.graphs = GraphChoice(False, why=f"recording failed: {reason}")
         self.optimizer.zero_grad()
         free_memory(self.accelerator.device)
         self.say(f"launching kernels: {self.graphs}")
