@@ -312,7 +312,21 @@ class Engine:
         self.runner = self._make_runner()
 
     def _step_without_effect(self, shape: tuple[int, int]) -> None:
-        """A whole step that the optimizer is told not to take."""
+        """A whole step that the optimizer is told not to take; recordings that leave no room for it go."""
+        try:
+            self._queue_without_effect(shape)
+            return
+        except torch.OutOfMemoryError:
+            if self.runner.graphs is None or self.args.cuda_graphs == "on":
+                raise
+        self.runner.graphs = None
+        self.graphs = GraphChoice(False, why="memory ran out beside the recording")
+        self.optimizer.zero_grad()
+        free_memory(self.accelerator.device)
+        self.say(f"launching kernels: {self.graphs}")
+        self._queue_without_effect(shape)
+
+    def _queue_without_effect(self, shape: tuple[int, int]) -> None:
         self.runner.accumulate(self._dummy(shape))
         if hasattr(self.optimizer, "found_inf"):
             take_step(self.wrapped_optimizer, torch.ones((), device=self.accelerator.device))

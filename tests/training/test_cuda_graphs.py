@@ -15,7 +15,7 @@ from tessera.training import engine as engines
 from tessera.training.cuda_graphs import GraphChoice, GraphedPasses, choose_graphs
 from tessera.training.pretrain import Run, pretrain
 from tessera.training.signals import Stopped
-from tessera.training.step import NORM, StepRunner
+from tessera.training.step import NORM, StepRunner, take_step
 
 CUDA = torch.device("cuda")
 
@@ -171,6 +171,26 @@ def test_a_recording_that_fails_is_told(place, tmp_path, monkeypatch, capsys):
     assert "no CUDA graphs (recording failed: injected)\n" in capsys.readouterr().out
     engine.graphs = GraphChoice(True)  # asked for
     with pytest.raises(ValueError, match=r"cuda_graphs=on: recording failed \(injected\); take cuda_"):
+        engine.warm_up(0)
+
+
+def test_recordings_that_leave_no_room_for_a_step_are_given_up(tmp_path, monkeypatch, capsys):
+    record_on_a_cpu(monkeypatch, measured=True)
+    monkeypatch.setattr(engines, "MOST_LAUNCHING", 0.0)
+    engine = Run(tiny_arguments(tmp_path)).engine
+
+    def limited(*given):
+        if engine.runner.graphs is not None:
+            raise torch.OutOfMemoryError("injected")
+        return take_step(*given)
+
+    monkeypatch.setattr(engines, "take_step", limited)
+    engine.warm_up(0)
+    assert engine.runner.graphs is None and engine.step(0)[NORM].isfinite()
+    assert "no CUDA graphs (memory ran out beside the recording)\n" in capsys.readouterr().out
+    engine.args.cuda_graphs = "on"
+    engine.graphs = GraphChoice(True)
+    with pytest.raises(torch.OutOfMemoryError):
         engine.warm_up(0)
 
 
