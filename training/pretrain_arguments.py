@@ -124,7 +124,8 @@ class PretrainArguments:
     table_decay: float | None = told(
         None,
         "Optimizer",
-        "Weight decay of value embeddings beside muon, ten times that of embeddings [nanochat's 0.01].",
+        "Weight decay of value embeddings beside muon, of which other embeddings have a tenth [0.01 for "
+        "nanochat's start, else 0].",
         least=0,
     )
     momentum: float = told(0.95, "Optimizer", "Of Muon [0.95].", least=0, most=1)
@@ -263,6 +264,11 @@ class PretrainArguments:
             )
         if self.momentum_warmup_steps and self.momentum_start is None:
             raise ValueError("momentum_warmup_steps needs momentum_start, where the momentum starts")
+        if self.table_decay is not None and self.optimizer not in (None, "muon"):
+            raise ValueError(
+                f"table_decay is of the tables beside muon; optimizer '{self.optimizer}' has weight_decay "
+                "for them"
+            )
         if self.optimizer_in_backward and self.batch_schedule is not None:
             raise ValueError("optimizer_in_backward needs steps of one size; leave batch_schedule out")
         if self.gradient_checkpointing_every > 1:

@@ -216,6 +216,10 @@ def test_a_dry_run_says_what_a_run_would_be_and_leaves_nothing(tmp_path, capsys,
         ("--warmup-steps 4 --minutes 1", "warmup_steps needs a length in steps"),
         ("--sequence-length 9999", "longer than the model's context of 512"),
         ("--tensor-parallel 2", "does not divide the 1 process"),
+        (
+            "--optimizer adamw --table-decay 0.1",
+            "table_decay is of the tables beside muon; optimizer 'a",
+        ),
         ("--optimizer-in-backward --accumulation 2", "accumulation 2 adds up several"),
     ],
 )
