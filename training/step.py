@@ -234,7 +234,9 @@ class StepRunner:
         values = self.values.clone()
         values[LOSS] = total.to(values.dtype) / self.layout.replicas
         host = [no_memory, seconds if first else 0.0, *(float(stop == number) for number in SIGNALS)]
-        values[NO_MEMORY:] = torch.tensor(host, dtype=values.dtype).to(values.device, non_blocking=True)
+        for place, number in enumerate(host, start=NO_MEMORY):
+            if number:
+                values[place].fill_(number)  # the launch carries it: nothing is copied from the host
         if self.accelerator.num_processes > 1:
             dist.all_reduce(values)
         self.halted = torch.maximum(self.halted, (values[NO_MEMORY] > 0).float())

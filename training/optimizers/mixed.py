@@ -308,7 +308,9 @@ class _MuonJob:
             numbers = tuple(torch.tensor(number, dtype=torch.float32) for number in numbers)
         self.momentum, self.rate, self.decay, self.beta2 = numbers
         if skip is not None:
-            self.rate = torch.where(skip, 0.0, self.rate)
+            # Both as numbers: a tensor of the host would be copied, and the host would wait for all that is
+            # queued, with nothing left to do for the device while it launches the update.
+            self.rate = torch.where(skip, 0.0, rate)
         self.dtype = muon.work_dtype(local(batch.params[0]).device)
         for i, p in enumerate(batch.params):
             self._start_state(p, i in batch.mine)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from helpers.models import EVERY_MODEL, tiny_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tessera.training.optimizers import MuonAdamW, build_optimizer
 from tessera.training.optimizers.muon import FEATURES, POLAR_EXPRESS, orthogonalize
@@ -133,6 +135,40 @@ def test_where_a_gradient_is_infinite_nothing_changes(weights, compiled):
         state = [{key: value.clone() for key, value in optimizer.state[p].items()} for p in params]
         runs.append(([p.detach() for p in params], state))
     torch.testing.assert_close(*runs, atol=0, rtol=0)
+
+
+def test_the_host_does_not_wait_for_the_device():
+    """No operator takes a tensor of the host beside those of a device, or reads one: torch would copy it and
+    wait for all that is queued. Programs are compiled for numbers on the host and left out here."""
+    with torch.device("meta"):
+        params = [nn.Parameter(torch.empty(shape)) for shape in ((48, 32), (48, 32), (64, 32), (700,))]
+    groups = [
+        {"params": params[:3], "kind": "muon", "lr": 0.02, "weight_decay": 0.1},
+        {"params": params[3:], "lr": 0.01, "weight_decay": 0.1},
+    ]
+    optimizer = MuonAdamW(groups, compiled=True)
+    called = []
+    optimizer.program = lambda function, *_: lambda *_, **__: called.append(function.__name__)
+    for found_inf in (None, torch.zeros((), device="meta")):
+        for p in params:
+            p.grad = torch.empty_like(p)
+        optimizer.found_inf = found_inf
+        with Apart() as seen:
+            optimizer.step()
+        assert seen.operators
+    assert called == ["_update"] * 4  # two shapes, twice
+
+
+class Apart(TorchDispatchMode):
+    """Counts operators, and refuses those that wait."""
+
+    operators = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        assert len({x.device for x in tensors}) < 2 and "_local_scalar" not in str(function), function
+        self.operators += 1
+        return function(*args, **kwargs or {})
 
 
 class OnTheDevice(torch.Tensor):
