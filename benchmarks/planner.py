@@ -1,34 +1,43 @@
 """Planner: predicted peak memory and tokens per second against the measured training step.
 
     python benchmarks/planner.py [--only llama-100m nanochat-d12] [--json planner.json] [--tiny]
+    python benchmarks/planner.py --again planner.json    # what was measured, against today's predictions
 
-All cases compile side by side, each in a process, and are measured one by one: the training step of `tessera
-pretrain` on random tokens, micro-batches forward and backward under autocast, the norm clipped, the update;
-compiled except where a row says eager. Peak memory is what the allocator had handed out at most in a step;
-tokens per second are of the median step. Predicted are both from the card's sheet, and from its own probes as
-`tessera plan --gpu here` makes them. `--json` also keeps peaks of the step's phases and milliseconds by kind
+Cases come in waves of three, in the order given: each compiles in a process of its own, side by side, and
+when all of a wave are ready or over their time they are measured one by one, with nothing else at work. No
+wave starts after `--seconds`. What is measured is the training step of `tessera pretrain` on random tokens:
+micro-batches forward and backward under autocast, the norm clipped, the update; compiled except where a row
+says eager. Peak memory is what the allocator had handed out at most in a step; tokens per second are of the
+median step. Predicted are both from the card's sheet, and from its own probes as `tessera plan --gpu here`
+makes them. `--json`, written after each case, also keeps peaks of the step's phases and milliseconds by kind
 of kernel, from which the constants in `training/planner/throughput.py` were taken (rows that say "fitted").
 """
 
 import argparse
 import json
 import os
+import signal
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
 import transformers
 from step_times import step_times
+from workers import start_workers
 
 from tessera import TesseraConfig, TesseraForCausalLM
 from tessera.training.optimizers import build_optimizer
 from tessera.training.planner.cards import CARDS
 from tessera.training.planner.memory import Setup, estimate_memory, take_inventory
 from tessera.training.planner.throughput import estimate_times, rates_here, rates_of
+from tessera.training.step import gradient_norm, take_step
+
+WAVE = 3  # cases that compile side by side: a dozen took longer than one after the other, and lost all
+MEASURING = 60.0  # seconds after which a case that is being measured is given up
 
 
 @dataclass(frozen=True)
@@ -53,14 +62,8 @@ LARGE = (("hidden_size", 2048), ("num_hidden_layers", 16), ("num_attention_heads
 LARGE_GROUPS = (("num_key_value_heads", 8), ("intermediate_size", 8192), ("max_position_embeddings", 4096))
 SMALL = (("hidden_size", 512), ("num_hidden_layers", 8), ("num_attention_heads", 8))
 
-# In the order of what they tell.
+# Two dialects in three sizes, then what else there is.
 CASES = (
-    Case("llama-100m", "llama-100m", 16, 2048, accumulation=2, used=True),
-    Case("nanochat-d12", "nanochat-d12", 16, 2048, "muon", used=True),
-    Case("bytegpt", "bytegpt", 32, 1024, accumulation=2),
-    Case("gpt2-124m", "gpt2-124m", 30, 1024),
-    Case("llama-1.1b", "llama-100m", 4, 4096, weights="bf16", fields=LARGE + LARGE_GROUPS),
-    Case("nanochat-d20", "nanochat-d20", 8, 2048, "muon", accumulation=2),
     Case(
         "llama-60m",
         "llama-100m",
@@ -69,6 +72,8 @@ CASES = (
         fields=(*SMALL, ("num_key_value_heads", 8), ("intermediate_size", 1536)),
     ),
     Case("nanochat-d8", "nanochat-d8", 32, 1024, "muon"),
+    Case("llama-100m", "llama-100m", 16, 2048, accumulation=2, used=True),
+    Case("nanochat-d12", "nanochat-d12", 16, 2048, "muon", used=True),
     Case(
         "llama-350m",
         "llama-100m",
@@ -77,6 +82,10 @@ CASES = (
         "muon",
         fields=(*MEDIUM, ("num_key_value_heads", 16), ("intermediate_size", 2816)),
     ),
+    Case("nanochat-d20", "nanochat-d20", 8, 2048, "muon", accumulation=2),
+    Case("gpt2-124m", "gpt2-124m", 30, 1024),
+    Case("llama-1.1b", "llama-100m", 4, 4096, weights="bf16", fields=LARGE + LARGE_GROUPS),
+    Case("bytegpt", "bytegpt", 32, 1024, accumulation=2),
     Case("llama-100m eager", "llama-100m", 16, 2048, compiled=False),
     Case("nanochat-d12 eager", "nanochat-d12", 8, 2048, "muon", compiled=False),
     Case("llama-100m every 2nd", "llama-100m", 16, 2048, every=2),
@@ -127,9 +136,10 @@ class Step:
             loss.backward()
             self._mark(watch, f"backward {i}")
             total += loss.detach()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        norm = gradient_norm(self.model.parameters())
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), 1.0, norm)
         self._mark(watch, "clip")
-        self.optimizer.step()
+        take_step(self.optimizer, (~torch.isfinite(norm)).float())
         self._mark(watch, "optimizer")
         self.optimizer.zero_grad()
         self._mark(watch, "end")
@@ -233,7 +243,7 @@ def predict(row: dict, device: str) -> dict:
     return predicted
 
 
-def _wait_and_measure(case: Case, args: argparse.Namespace, device: str) -> None:
+def compile_and_measure(case: Case, args: argparse.Namespace, device: str) -> None:
     """One case in a process of its own: compiles, says so, measures when it is told to."""
     step = Step(case, device, args.tiny)
     start = time.perf_counter()
@@ -242,9 +252,9 @@ def _wait_and_measure(case: Case, args: argparse.Namespace, device: str) -> None
     if step.cuda:
         torch.cuda.empty_cache()
     print("READY", flush=True)
-    sys.stdin.readline()
-    row = measure(step, args.seconds) | {"first_loss": loss, "first_step_s": first}
-    print("ROW " + json.dumps(row), flush=True)
+    if sys.stdin.readline():  # else whoever asked is gone
+        row = measure(step, args.timed) | {"first_loss": loss, "first_step_s": first}
+        print("ROW " + json.dumps(row), flush=True)
 
 
 def _first_loss(step: Step) -> float:
@@ -259,67 +269,63 @@ def _first_loss(step: Step) -> float:
     raise SystemExit(f"{step.case.name}: there is not enough memory beside the other cases")
 
 
+def measure_wave(cases: list[Case], args: argparse.Namespace) -> Iterator[dict]:
+    """The rows of cases that compile side by side and are measured one by one."""
+    threads = max(1, (os.cpu_count() or 1) // len(cases))
+    more = ["--timed", str(args.timed)] + ["--tiny"] * args.tiny
+    commands = {case.name: [sys.executable, __file__, "--case", case.name, *more] for case in cases}
+    with start_workers(commands, TORCHINDUCTOR_COMPILE_THREADS=str(threads)) as workers:
+        ready = [w for w in workers if w.wait_for("READY", args.limit - w.age) is not None]
+        print(f"{len(ready)} of {len(cases)} compiled after {workers[0].age:.0f} s", flush=True)
+        for worker in ready:
+            worker.say("go")
+            row = worker.wait_for("ROW ", MEASURING)
+            worker.end()  # its memory is the next one's
+            if row is not None:
+                yield json.loads(row)
+
+
 def main() -> None:
     """Prints predicted and measured for each case."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    names = [case.name for case in CASES]
-    parser.add_argument("--only", nargs="+", choices=names)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of timed steps for each case")
-    parser.add_argument("--seconds-budget", type=float, default=1e9, help="what is not compiled then is left")
+    by_name = {case.name: case for case in CASES}
+    parser.add_argument("--only", nargs="+", choices=by_name, help="these, in this order")
+    parser.add_argument("--seconds", type=float, default=200.0, help="after which no case starts [200]")
+    parser.add_argument("--limit", type=float, default=100.0, help="seconds for a case to compile [100]")
+    parser.add_argument("--wave", type=int, default=WAVE, help=f"cases that compile side by side [{WAVE}]")
+    parser.add_argument("--timed", type=float, default=1.5, help="seconds of steps for each case [1.5]")
     parser.add_argument("--tiny", action="store_true", help="toy sizes, to see that it runs")
     parser.add_argument("--json", help="file for the rows")
-    parser.add_argument("--case", choices=names, help=argparse.SUPPRESS)
+    parser.add_argument("--again", metavar="FILE", help="rows of an earlier call, predicted anew")
+    parser.add_argument("--case", choices=by_name, help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.case:
-        _wait_and_measure(next(case for case in CASES if case.name == args.case), args, device)
+        compile_and_measure(by_name[args.case], args, device)
+        return
+    if args.again:
+        with open(args.again, encoding="utf-8") as file:
+            for row in json.load(file)["rows"]:
+                print(_line(row, predict(row, "cpu")))
         return
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, transformers {transformers.__version__}", flush=True)
+    # A call that is cut short ends its processes too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     start, rows = time.perf_counter(), []
-    processes = {}
-    for case in CASES:
-        if args.only and case.name not in args.only:
-            continue
-        command = [sys.executable, __file__, "--case", case.name, "--seconds", str(args.seconds)]
-        processes[case.name] = subprocess.Popen(
-            command + ["--tiny"] * args.tiny,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "4"},
-        )
-    # They compile side by side and are measured one by one, when no other is at work.
-    ready = {name: _wait_for(process, "READY") for name, process in processes.items()}
-    print(f"compiled after {time.perf_counter() - start:.0f} s", flush=True)
-    for name, process in processes.items():
-        late = time.perf_counter() - start > args.seconds_budget
-        if ready[name] is None or late:
-            print(f"{name}: {'no time left' if late else 'failed; see its error above'}", flush=True)
-            process.kill()
-            continue
-        process.stdin.write("go\n")
-        process.stdin.flush()
-        line = _wait_for(process, "ROW ")
-        process.wait()
-        if line is None:
-            print(f"{name}: failed; see its error above", flush=True)
-            continue
-        row = json.loads(line.removeprefix("ROW "))
-        row["predicted"] = predicted = predict(row, device)
-        rows.append(row)
-        print(_line(row, predicted), flush=True)
-        if args.json:  # after each: a run that is cut short keeps what it has
-            with open(args.json, "w", encoding="utf-8") as file:
-                json.dump({"torch": torch.__version__, "rows": rows}, file, indent=1)
-
-
-def _wait_for(process: subprocess.Popen, start: str) -> str | None:
-    """The next line of a process that starts so; None if it ends before."""
-    for line in process.stdout:
-        if line.startswith(start):
-            return line
-    return None
+    cases = [by_name[name] for name in args.only] if args.only else list(CASES)
+    while cases and time.perf_counter() - start < args.seconds:
+        wave, cases = cases[: args.wave], cases[args.wave :]
+        for row in measure_wave(wave, args):
+            row["predicted"] = predict(row, device)
+            rows.append(row)
+            print(_line(row, row["predicted"]), flush=True)
+            if args.json:
+                with open(args.json, "w", encoding="utf-8") as file:
+                    json.dump({"torch": torch.__version__, "rows": rows}, file, indent=1)
+    print(f"{len(rows)} cases in {time.perf_counter() - start:.0f} s", flush=True)
+    if cases:
+        print(f"no time left for {', '.join(case.name for case in cases)}", flush=True)
 
 
 def _line(row: dict, predicted: dict) -> str:
