@@ -23,9 +23,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Fitted to kernels of compiled steps on an H200 (torch 2.11, 2026-11-30, `benchmarks/planner.py`, rows that
 # say "fitted"): Llama shapes of 110M (autocast) and of 135M and 1.1B (bf16), nanochat d12 (both), experts of
-# 688M (bf16); and to `peak.py` there. Since then attention copies less, experts move fewer rows and
-# head and loss are one kernel: PRODUCT_NUMBERS (17.5 as fitted), ROW_NUMBERS (32), LOGIT_BYTES (8.6) and
-# SOFTCAP_BYTES (6.0) were lowered by counting what fell away, and not measured again.
+# 688M (bf16); and to `peak.py` there. Since then attention copies less and experts move fewer rows:
+# PRODUCT_NUMBERS (17.5 as fitted) and ROW_NUMBERS (32) were lowered by counting what fell away. Steps that
+# were timed after that are in `tests/training/planner/test_planner.py`.
 #
 # Numbers read and written elementwise, both ways, for each number of a token's stream in a layer: those in
 # the stream's dtype (norms, residual sums), those in that of the products (rotations, copies to and from the
@@ -37,26 +37,33 @@ SCALARS_NUMBERS = 8  # more with factors on the residual stream
 GATED_NUMBERS, PLAIN_NUMBERS = 8, 5
 ROW_NUMBERS = 18  # for each number of a row that is gathered for an expert
 EAGER = 2.5  # times the numbers of a compiled step: nothing is fused
-# Bytes for each logit beside the head's products, in bf16; tanh of a soft-cap is not free.
-LOGIT_BYTES, SOFTCAP_BYTES = 5.0, 0.5
+# Bytes for each logit beside the head's products, in bf16, at the rate of a copy: 0.18 to 0.19 ms of a kernel
+# for 4096 x 32,768 of them. tanh of a soft-cap is not free, and was counted.
+LOGIT_BYTES, SOFTCAP_BYTES = 5.9, 0.5
 # Of the time that a product's operands take to move, what it does not hide; and its time in a step, where
 # some of them are still in the cache, against that of a probe.
 PRODUCT_BYTES = 0.34
 IN_A_STEP = 0.88
 GROUPED = 0.8  # rate of grouped products against plain ones
-# Attention against large products, causal, both ways, in long rows; by size of a head.
-ATTENTION = {64: 0.59, 128: 0.73}
+# Attention against large products, causal, both ways, in long rows; by size of a head. With cuDNN's passes
+# for the gradient's row sums and for the queries' gradient, which are kernels of their own.
+ATTENTION = {64: 0.535, 128: 0.715}
 HALF_LENGTH = 1100  # tokens in a row at which it has half that rate
 UNEQUAL_HEADS = 0.9  # keys and values of different sizes
 GROUPED_QUERIES = 0.85
-WINDOW = 0.5  # flex attention with a window against the plain one, for what it sees
+WINDOW = 0.47  # flex attention with a window against the plain one, for what it sees
 SLOW_ATTENTION = 0.3  # cards without fused kernels at full rate; a guess
 NEWTON_SCHULZ = 0.6  # Muon's products against large ones
 UPDATE = {2: 0.62, 4: 0.8}  # rate of the fused update against a copy, by bytes of a weight
 GAPS = 0.042  # between a compiled step's kernels, as a share of them
 EAGER_OPS = 230  # operations of an eager layer, both ways
 OP_SECONDS = 7e-6  # of the processor that launches one
-STEP_SECONDS = 5e-4  # between steps: the loss is read, the next rows come
+# Of the processor, which works ahead: these count where the card has less to do. A pass of 6 compiled layers
+# took 9.6 ms to launch, 45 kernels a layer among it; with passes recorded as CUDA graphs, a step of that
+# model took 6.5 ms, of which the card had work for 5 (shakespeare, docs/races.md).
+PASS_SECONDS, COMPILED_OPS = 7.7e-3, 45
+LOOP_SECONDS = 6e-3  # rows, norm, update and what is told of a step
+STEP_SECONDS = 5e-4  # of the card between steps
 OVERLAP = 0.7  # share of the backward pass that communication hides behind
 
 
@@ -188,10 +195,19 @@ def estimate_times(setup: Setup, inventory: Inventory, rates: Rates) -> Times:
     if setup.gpus > 1:
         parts["communication"] = _exposed_communication(setup, inventory, rates, sum(parts.values()))
     parts["between kernels"] = STEP_SECONDS + GAPS * sum(parts.values())
-    if not setup.compiled:
-        launches = count * EAGER_OPS * config.num_hidden_layers * OP_SECONDS
-        parts["waiting for launches"] = max(0.0, launches - sum(parts.values()))
+    parts["waiting for launches"] = max(0.0, _launching_seconds(setup) - sum(parts.values()))
     return Times({name: seconds for name, seconds in parts.items() if seconds})
+
+
+def _launching_seconds(setup: Setup) -> float:
+    """Of the processor, for a step: it launches what the card does, unless the passes are recorded."""
+    config = setup.config
+    alone = setup.gpus == 1 and setup.precision != "fp16" and not setup.optimizer_in_backward
+    if setup.compiled and alone and not config.n_routed_experts and not setup.checkpoint_every:
+        return LOOP_SECONDS  # `cuda_graphs.py` records them where launching takes longer
+    kernels = (COMPILED_OPS if setup.compiled else EAGER_OPS) * config.num_hidden_layers
+    each = kernels * OP_SECONDS + (PASS_SECONDS if setup.compiled else 0.0)
+    return LOOP_SECONDS + setup.accumulation * each
 
 
 def _layer_products(setup: Setup, inventory: Inventory) -> Iterator[tuple[tuple[int, int, int], float]]:

@@ -44,18 +44,40 @@ def test_costs_of_short_rows_leave_out_what_they_do_not_see(llama):
     assert whole.training_flops - short.training_flops == pytest.approx(3 * 14 * seen, rel=1e-6)
 
 
+L135 = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
+        "num_key_value_heads": 12, "vocab_size": 32768}  # fmt: skip
+L1100 = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 32768,
+    "max_position_embeddings": 4096,
+}
+M688 = {"vocab_size": 32768, "hidden_size": 1024, "intermediate_size": 2816, "moe_intermediate_size": 512,
+        "num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 16, "n_shared_experts": 1,
+        "n_routed_experts": 32, "num_experts_per_tok": 4, "attention_type": "latent", "kv_lora_rank": 256,
+        "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64, "scoring_func": "sigmoid",
+        "mlp_layer_types": ["dense"] + ["sparse"] * 11}  # fmt: skip
+BF16 = {"weights": "bf16", "narrow_moments": True}
 NO_DROPOUT = {"embd_pdrop": 0.0, "resid_pdrop": 0.0}  # as the preset was when it was measured
 
 
+def model_of(preset, fields) -> TesseraConfig:
+    return TesseraConfig.from_preset(preset, **fields) if preset else TesseraConfig(**fields)
+
+
 # NVIDIA H200, torch 2.11.0, transformers 5.17.0, 2026-11-30, compiled; in GiB. The first two by
-# `benchmarks/planner.py` and `training_step.py`, the others by the trainer, to a tenth.
+# `benchmarks/planner.py` and `training_step.py`, the next two by the latter on 2026-12-01, the others by the
+# trainer, to a tenth.
 @pytest.mark.parametrize(
     ("preset", "fields", "how", "measured"),
     [
         ("llama-100m", {}, Setup(None, 16, 32, 2048, "adamw"), 11.17),
-        ("llama-100m", {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
-          "num_attention_heads": 12, "num_key_value_heads": 12, "vocab_size": 32768},
-          Setup(None, 32, 32, 2048, "adamw", "bf16", narrow_moments=True), 19.54),
+        ("llama-100m", L135, Setup(None, 32, 32, 2048, "adamw", "bf16", narrow_moments=True), 19.54),
+        (None, M688, Setup(None, 8, 8, 2048, "adamw", **BF16), 13.4),
+        ("nanochat-d12", {}, Setup(None, 32, 32, 2048, "muon", "split"), 25.8),
         ("speedrun", NO_DROPOUT, Setup(None, 32, 32, 1024), 9.5),
         ("speedrun", NO_DROPOUT, Setup(None, 16, 32, 2048), 10.0),
         ("speedrun", NO_DROPOUT | {"depth": 8}, Setup(None, 32, 32, 1024), 6.2),
@@ -63,8 +85,40 @@ NO_DROPOUT = {"embd_pdrop": 0.0, "resid_pdrop": 0.0}  # as the preset was when i
     ],
 )  # fmt: skip
 def test_peak_memory_is_that_of_an_h200(preset, fields, how, measured):
-    setup = dataclasses.replace(how, config=TesseraConfig.from_preset(preset, **fields))
+    setup = dataclasses.replace(how, config=model_of(preset, fields))
     assert estimate_memory(setup).peak / GIB == pytest.approx(measured, rel=0.02)
+
+
+# Tokens per second on an H200, torch 2.11.0: the first by `benchmarks/planner.py`, from whose kernels some
+# constants come; the others by `benchmarks/training_step.py`, as in docs/causal_path.md.
+@pytest.mark.parametrize(
+    ("preset", "fields", "how", "measured"),
+    [
+        ("llama-100m", {}, Setup(None, 16, 32, 2048, "adamw"), 600_423),
+        ("llama-100m", L135, Setup(None, 32, 32, 2048, "adamw", **BF16), 564_514),
+        ("llama-100m", L1100, Setup(None, 4, 4, 4096, "adamw", **BF16), 76_398),
+        (None, M688, Setup(None, 8, 8, 2048, "adamw", **BF16), 270_316),
+        ("nanochat-d12", {}, Setup(None, 32, 32, 2048, "muon", "split"), 564_195),
+    ],
+)  # fmt: skip
+def test_speed_is_that_of_an_h200(preset, fields, how, measured):
+    config = model_of(preset, fields)
+    setup = dataclasses.replace(how, config=config)
+    times = estimate_times(setup, take_inventory(config), rates_of(CARDS["h200"], "bf16"))
+    assert setup.tokens * setup.accumulation / times.step == pytest.approx(measured, rel=0.06)
+
+
+def test_a_small_step_takes_as_long_as_the_host_launches():
+    config, rates = TesseraConfig.from_preset("shakespeare"), rates_of(CARDS["h200"], "bf16")
+
+    def parts_of(**how) -> dict[str, float]:
+        return estimate_times(Setup(config, 1, 4, 64, **how), take_inventory(config), rates).parts
+
+    recorded, launched, eager = parts_of(), parts_of(gpus=2), parts_of(compiled=False)
+    waits = [parts["waiting for launches"] for parts in (recorded, launched, eager)]
+    assert 0 < waits[0] < waits[1] < waits[2]
+    busy = Setup(config, 4096, 4096, 256, compiled=False)
+    assert "waiting for launches" not in estimate_times(busy, take_inventory(config), rates).parts
 
 
 def test_more_of_anything_takes_more(llama):
