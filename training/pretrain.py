@@ -377,8 +377,9 @@ class Run:
                 self._roll_back()
                 return True
             self.meter.update(self.tokens, self.clock.seconds)
-            values = {**self.meter.values(), **rates_of(self.optimizer)}
-            self.shown.update(self._progress(), outcome.step, self.average.value, **values)
+            if self.shown.is_due(self._progress()):
+                values = {**self.meter.values(), **rates_of(self.optimizer)}
+                self.shown.update(self._progress(), outcome.step, self.average.value, **values)
         return False
 
     def _roll_back(self) -> None:

@@ -62,6 +62,14 @@ class Progress:
             self._draw()
         self.bar.close()
 
+    def is_due(self, done: float, now: float | None = None) -> bool:
+        """Whether it is time (`now`, of `time.perf_counter`) to show a run of which this share is done."""
+        if not self.shows:
+            return False
+        now = time.perf_counter() if now is None else now
+        between = SECONDS_BETWEEN_LINES if self.bar.disable else SECONDS_BETWEEN_FRAMES
+        return done >= 1 or now - self.last_shown >= between
+
     def update(
         self,
         done: float,
@@ -84,11 +92,8 @@ class Progress:
             learning_rate: of the matrices.
             memory_gib: the most that a device held.
         """
-        if not self.shows:
-            return
         now = time.perf_counter()
-        between = SECONDS_BETWEEN_LINES if self.bar.disable else SECONDS_BETWEEN_FRAMES
-        if now - self.last_shown < between and done < 1:
+        if not self.is_due(done, now):
             return
         self.last_shown = now
         done = min(max(done, 0.0), 1.0)
