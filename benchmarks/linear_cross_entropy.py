@@ -9,11 +9,11 @@ those of the gradients against the plain formula's in fp32, on the first rows wh
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from step_times import step_times
 
 from tessera.modeling.loss import linear_cross_entropy
 
@@ -36,17 +36,8 @@ def plain(
 def milliseconds(call: Callable, repeats: int = 10) -> float:
     """Median over calls, after two."""
     call(), call()
-    if not torch.cuda.is_available():
-        start = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - start)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    events[0].record()
-    for event in events[1:]:
-        call()
-        event.record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in zip(events[:-1], events[1:], strict=True))
+    cuda = torch.cuda.is_available()
+    return 1e3 * statistics.median(step_times(call, repeats if cuda else 1, cuda))
 
 
 def extra_bytes(call: Callable) -> int:
